@@ -1,0 +1,62 @@
+"""Files that are either the old one or the whole new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import IO, Iterator
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a new file for writing that takes the name ``path`` only when it is complete and on disk.
+
+    The bytes go to a temporary name in the same folder, are synced, and renamed over ``path``. When the block raises,
+    the temporary file is removed and whatever was at ``path`` before is untouched.
+
+    Args:
+        path: the final name; its folder is created.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_atomic(path: str | os.PathLike, content: bytes | str) -> None:
+    """Writes ``content`` (text as UTF-8) to ``path`` through :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _umask() -> int:
+    """The process' umask; mkstemp makes files that only their owner can read, ordinary files follow the umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable. Some systems cannot open a folder; then the file is still whole, only maybe old."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
