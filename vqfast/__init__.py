@@ -1,0 +1,25 @@
+"""vqfast: exact, fused vector quantization for PyTorch."""
+
+from vqfast import _backends
+from vqfast._backends import explain, use_backend
+from vqfast.ops.ema import CodeStats, code_stats, ema_update_
+from vqfast.ops.gather import gather
+from vqfast.ops.nearest import Nearest, nearest
+from vqfast.ops.quantize import Quantized, vector_quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CodeStats",
+    "Nearest",
+    "Quantized",
+    "code_stats",
+    "ema_update_",
+    "explain",
+    "gather",
+    "nearest",
+    "use_backend",
+    "vector_quantize",
+]
+
+_backends.load_native()

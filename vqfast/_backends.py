@@ -1,0 +1,198 @@
+"""Which backend runs an op and, in words, why the others do not. The only module that reads `VQFAST_*` at run time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from vqfast._border import BACKENDS
+
+CPU_LEVELS = ("scalar", "avx2", "avx512")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_local = threading.local()
+
+
+# ---- native libraries ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _load(library: str) -> str:
+    """Load one compiled library; returns '' or the reason, in words, why it is not there."""
+    path = Path(__file__).with_name(f"{library}.so")
+    if not path.exists():
+        return f"this installation was built without {library} (no compiler at build time, or VQFAST_BUILD=none)"
+    if library == "_C_cuda" and torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded: {error}"
+    if library == "_C_cpu":
+        return _set_cpu_level(path)
+    return ""
+
+
+def _set_cpu_level(path: Path) -> str:
+    forced = os.environ.get("VQFAST_CPU_LEVEL", "")
+    if forced and forced not in CPU_LEVELS:
+        raise ValueError(f"VQFAST_CPU_LEVEL={forced!r} is not known; use one of {', '.join(CPU_LEVELS)}, or unset it.")
+    library = ctypes.CDLL(str(path))
+    best = library.vqfast_cpu_level_supported()
+    wanted = CPU_LEVELS.index(forced) if forced else best
+    if wanted > best:
+        raise ValueError(f"VQFAST_CPU_LEVEL={forced} asks for more than this processor has; it supports {CPU_LEVELS[best]}.")
+    library.vqfast_cpu_level_set(wanted)
+    return ""
+
+
+def load_native() -> None:
+    """Load the libraries that exist; called once, by `import vqfast`."""
+    if os.environ.get("VQFAST_BACKEND") != "reference" and _load("_C_cpu"):
+        warnings.warn(
+            "vqfast runs on its slow reference backend: " + _load("_C_cpu") + ". Install g++ and reinstall vqfast for the"
+            " fast CPU kernels.",
+            stacklevel=3,
+        )
+    _load("_C_cuda")
+
+
+def cpu_level() -> str | None:
+    """SIMD level of the native CPU kernels (`scalar`, `avx2`, `avx512`), or None without them."""
+    if _load("_C_cpu"):
+        return None
+    return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]
+
+
+# ---- reasons ---------------------------------------------------------------------------------------------------------------
+
+
+def reasons(family: str, backend: str, *tensors: torch.Tensor) -> list[str]:
+    """Why `backend` cannot run an op of `family` on these tensors; empty when it can."""
+    return list(_reasons(family, backend, *_metadata(tensors)))
+
+
+def _metadata(tensors) -> tuple[str, tuple[torch.dtype, ...]]:
+    return tensors[0].device.type, tuple(t.dtype for t in tensors if t.is_floating_point())
+
+
+@functools.cache
+def _reasons(family: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...]) -> tuple[str, ...]:
+    if backend == "reference":
+        return ()
+    found = []
+    if backend == "cpu":
+        found += [_load("_C_cpu")]
+        found += [_unless(device == "cpu", f"its tensors live on {device}, the cpu backend takes cpu tensors")]
+    if backend == "cuda":
+        found += [_load("_C_cuda")]
+        found += [_unless(device == "cuda", f"its tensors live on {device}, the cuda backend takes cuda tensors")]
+    if backend == "triton":
+        found += _triton_reasons(family, device)
+    found += [_unless(d in _DTYPES, f"{d} runs on the reference backend only") for d in dtypes]
+    return tuple(reason for reason in found if reason)
+
+
+def _triton_reasons(family: str, device: str) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (pip install triton)"]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return [
+        _unless(_has_triton_kernel(family), f"{family} has no Triton kernel"),
+        _unless(device == "cuda" or interpreted, f"its tensors live on {device}, Triton takes cuda tensors"),
+    ]
+
+
+def _has_triton_kernel(family: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"vqfast.kernels.{family}") is not None
+    except ModuleNotFoundError:  # the kernels folder itself is not installed
+        return False
+
+
+def _unless(condition: bool, reason: str) -> str:
+    return "" if condition else reason
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def use_backend(backend: str):
+    """Run every vqfast op inside the `with` block on `backend` (this thread only).
+
+    Raises:
+        ValueError: `backend` is not one of cpu, cuda, triton, reference.
+    """
+    _check_name(backend, "use_backend")
+    previous = getattr(_local, "forced", None)
+    _local.forced = backend
+    try:
+        yield
+    finally:
+        _local.forced = previous
+
+
+def _forced() -> str | None:
+    backend = getattr(_local, "forced", None) or os.environ.get("VQFAST_BACKEND", "auto")
+    if backend == "auto":
+        return None
+    _check_name(backend, "VQFAST_BACKEND")
+    return backend
+
+
+def _check_name(backend: str, source: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: backend {backend!r} is not known; use one of {', '.join(BACKENDS)}.")
+
+
+def choose(family: str, backend: str | None, *tensors: torch.Tensor) -> str:
+    """The backend that runs an op of `family`: the forced one, or the fastest that can.
+
+    Raises:
+        ValueError: the name is not known.
+        RuntimeError: a forced backend cannot run; the message says why.
+    """
+    return _choose(family, backend, *_metadata(tensors))
+
+
+# A function of metadata alone, so that a compiled or exported graph holds the choice as a constant.
+@torch.compiler.assume_constant_result
+def _choose(family: str, backend: str | None, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    if backend is not None:
+        _check_name(backend, "backend=")
+    forced = backend or _forced()
+    if forced is not None:
+        found = _reasons(family, forced, device, dtypes)
+        if found:
+            raise RuntimeError(
+                f"{family} cannot run on backend {forced!r}: {'; '.join(found)}. Choose another backend, or leave the"
+                " choice to vqfast."
+            )
+        return forced
+    for candidate in ("cuda", "triton") if device == "cuda" else ("cpu",):
+        if not _reasons(family, candidate, device, dtypes):
+            return candidate
+    return "reference"
+
+
+def explain(family: str, *tensors: torch.Tensor) -> str:
+    """Say in words which backend would run an op of `family` on these tensors, and why each other one would not.
+
+    Example:
+        >>> print(vqfast.explain("nearest", x, codebook))
+    """
+    lines = [f"{family}: runs on {choose(family, None, *tensors)}"]
+    for backend in BACKENDS:
+        found = reasons(family, backend, *tensors)
+        lines.append(f"  {backend:<10}" + ("can run" if not found else "cannot: " + "; ".join(found)))
+    if _forced():
+        lines.append(f"  (forced to {_forced()} by use_backend() or VQFAST_BACKEND)")
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""The one border between Python and the kernels: every op, once per backend.
+
+An op `nearest` exists as `torch.ops.vqfast.nearest_cpu`, `nearest_cuda`, `nearest_triton` and `nearest_reference`, all with one
+schema, one fake and one gradient. The schemas are defined here, in Python; compiled libraries only register implementations of
+their own names, so that loading two copies of one is harmless and a machine without a compiler still has every op name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+METRICS = {"l2": 0, "cosine": 1, "dot": 2}
+
+_library = torch.library.Library("vqfast", "DEF")
+_ops: dict[str, dict[str, Callable]] = {}
+
+
+def op_name(op: str, backend: str) -> str:
+    """`nearest`, `cpu` -> `nearest_cpu`; the trailing underscore of an in-place op stays last: `ema_update_cpu_`."""
+    return f"{op.removesuffix('_')}_{backend}" + ("_" if op.endswith("_") else "")
+
+
+def define(
+    op: str,
+    schema: str,
+    *,
+    family: str,
+    reference: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Define `op` for all four backends.
+
+    Args:
+        op: op name without the backend; ends with `_` when it works in place.
+        schema: everything after the name, for example `(Tensor x) -> Tensor`.
+        family: the word that names the files of this op in every folder; `vqfast.kernels.<family>` holds its Triton entry.
+        reference: what the op means, in plain torch.
+        fake: shapes, dtypes and strides of the results.
+        setup_context, backward: the gradient; without them the outputs carry none.
+    """
+    _ops[op] = {}
+    for backend in BACKENDS:
+        name = op_name(op, backend)
+        qualified = f"vqfast::{name}"
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        if not op.endswith("_"):
+            torch.library.register_autograd(
+                qualified,
+                backward or _no_gradient,
+                setup_context=setup_context or _mark_no_gradient,
+                lib=_library,
+            )
+        torch.library.register_fake(qualified, fake, lib=_library)
+        if backend == "reference":
+            _library.impl(name, reference, "CompositeExplicitAutograd")
+        elif backend == "triton":
+            _library.impl(name, _triton_entry(family, name), "CompositeExplicitAutograd")
+        _ops[op][backend] = getattr(torch.ops.vqfast, name).default
+
+
+def call(op: str, backend: str) -> Callable:
+    """The op of one backend, ready to be called with the schema's arguments."""
+    return _ops[op][backend]
+
+
+def _mark_no_gradient(ctx, inputs, output) -> None:
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*outputs)
+    ctx.input_count = len(inputs)
+
+
+def _no_gradient(ctx, *_grads):
+    return (None,) * ctx.input_count
+
+
+def _triton_entry(family: str, name: str) -> Callable:
+    def entry(*args):
+        # Imported at the first call: importing vqfast must not import Triton.
+        module = importlib.import_module(f"vqfast.kernels.{family}")
+        return getattr(module, name)(*args)
+
+    return entry

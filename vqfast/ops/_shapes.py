@@ -1,0 +1,114 @@
+"""Checks and the canonical shapes of all ops: x [B, G, N, D], codebook [G, K, D], indices [B, G, N], mask [B, N]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast._border import METRICS
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first.")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} is {describe(tensor)}; vqfast takes float64, float32, float16 or bfloat16. Convert it with .float()."
+        )
+
+
+def check_metric(metric: str) -> int:
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is not known; use one of {', '.join(METRICS)}.")
+    return METRICS[metric]
+
+
+def check_codebook(codebook: Tensor) -> Tensor:
+    """[K, D] or [G, K, D] -> [G, K, D]."""
+    check_float("codebook", codebook)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must be [K, D] or [G, K, D], got {describe(codebook)}.")
+    if codebook.numel() == 0:
+        raise ValueError(f"codebook is {describe(codebook)}: it needs at least one group, one code and one dimension.")
+    return codebook if codebook.dim() == 3 else codebook[None]
+
+
+def canonical(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Check x against codebook and bring both to [B, G, N, D] and [G, K, D], without a copy where strides allow."""
+    check_float("x", x)
+    grouped = check_codebook(codebook)
+    both = f"x is {describe(x)}, codebook is {describe(codebook)}"
+    if x.dim() < 1 or x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"{both}: the last axis of both must have the same length. For channels-first data move the channels last"
+            " (x.movedim(1, -1)) or use a layer with channel_dim=1."
+        )
+    if x.device != codebook.device:
+        raise ValueError(f"{both}: both must be on one device. Move one of them with .to(device).")
+    if codebook.dim() == 3:
+        if x.dim() < 3 or x.shape[-3] != codebook.shape[0]:
+            raise ValueError(
+                f"{both}: a grouped codebook [G, K, D] needs x of shape [..., G, N, D] with the same G. Use"
+                " x.unflatten(-1, (G, D)).movedim(-2, -3) to split channels into groups."
+            )
+        return _collapse_leading(x), grouped
+    return _rows(x), grouped
+
+
+def _collapse_leading(x: Tensor) -> Tensor:
+    """[..., G, N, D] -> [B, G, N, D]."""
+    if x.dim() == 4:
+        return x
+    return x[None] if x.dim() == 3 else x.flatten(0, -4)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] -> [B, 1, N, D]; keeps the first axis apart, so that a channels-first image needs no copy."""
+    if x.dim() == 1:
+        x = x[None]
+    if x.dim() == 2:
+        x = x[None]
+    if x.dim() > 3:
+        x = x.flatten(1, -2) if _flattens(x) else x.flatten(0, -2)[None]
+    return x[:, None]
+
+
+def _flattens(x: Tensor) -> bool:
+    """True where axes 1..-2 collapse into one without a copy."""
+    return all(
+        x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(1, x.dim() - 2)
+    ) or not all(x.shape)
+
+
+def leading_shape(x: Tensor) -> tuple[int, ...]:
+    """Shape of the indices of x: all axes but the last."""
+    return tuple(x.shape[:-1])
+
+
+def check_indices(name: str, indices: Tensor) -> Tensor:
+    """Any integer dtype -> int64."""
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        got = describe(indices) if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{name} must be a tensor of integers (int64 preferred), got {got}.")
+    return indices.to(torch.int64)
+
+
+def check_range(indices: Tensor, codebook_size: int, validate: bool | None) -> None:
+    """Raise IndexError for values outside -1..K-1: always on the CPU, elsewhere when `validate` asks (it waits for the device)."""
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    if validate if validate is not None else indices.device.type == "cpu":
+        low, high = (int(v) for v in indices.aminmax())
+        if low < -1 or high >= codebook_size:
+            raise IndexError(
+                f"indices hold values from {low} to {high}, but the codebook has {codebook_size} codes; an index must lie in"
+                f" 0..{codebook_size - 1}, or be -1 for a masked position."
+            )
