@@ -1,0 +1,124 @@
+"""Named settings: a preset is data, a model's configuration and how to train it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .vae import VAE, VAEConfig
+from .vqvae import VQVAE, VQVAEConfig
+
+# Variance of all values of CIFAR-10's 50,000 training pictures, scaled to a range of 1.
+CIFAR10_VARIANCE = 0.06328692405746422
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a preset is trained; the optimizer is Adam.
+
+    Attributes:
+        dataset: "cifar10", "photos" (the embedded photographs) or "folder" (the user names one).
+        size: side of the square crops, pixels.
+        resize: shorter side to which pictures are scaled before they are cropped; 0 leaves them as they are.
+        flip: mirror half of the crops horizontally.
+        steps, batch_size, learning_rate: of the optimizer.
+    """
+
+    dataset: str
+    size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    resize: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and its training under one name. `description` says where the numbers come from."""
+
+    name: str
+    description: str
+    model: VQVAEConfig | VAEConfig
+    training: TrainingSettings
+
+    def build(self) -> VQVAE | VAE:
+        """A fresh model."""
+        return (VAE if isinstance(self.model, VAEConfig) else VQVAE)(self.model)
+
+
+_SONNET_CIFAR10 = TrainingSettings("cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4)
+_PAPER_CIFAR10 = TrainingSettings("cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4)
+
+_ALL = (
+    Preset(
+        "cifar10",
+        "Sonnet's published CIFAR-10 example: K = 512, D = 64, debiased moving averages, squared error over the "
+        "pictures' variance; its log ends at reconstruction loss 0.056 and perplexity 326.",
+        VQVAEConfig(rule="debiased", data_variance=CIFAR10_VARIANCE),
+        _SONNET_CIFAR10,
+    ),
+    Preset(
+        "cifar10-bits",
+        "The cifar10 model with a discretized logistic likelihood, whose bits per dimension are exact.",
+        VQVAEConfig(rule="debiased", likelihood="discretized_logistic", scale="predicted"),
+        _SONNET_CIFAR10,
+    ),
+    Preset(
+        "cifar10-vae",
+        "A VAE of the same size, data, steps and likelihood as cifar10-bits.",
+        VAEConfig(likelihood="discretized_logistic", scale="predicted"),
+        _SONNET_CIFAR10,
+    ),
+    Preset(
+        "cifar10-paper",
+        "The VQ-VAE paper's CIFAR-10 model: 256 hidden, 8x8x10 latents, codebook loss, beta 0.25, Adam 2e-4, batch 128, "
+        "250,000 steps (reported: 4.67 bits/dim). The paper states neither K, D nor the likelihood: here 512 and 64 for "
+        "each of the 10, and a discretized logistic.",
+        VQVAEConfig(
+            hidden=256,
+            residual_hidden=256,
+            dim=640,
+            groups=10,
+            quantizer="loss",
+            likelihood="discretized_logistic",
+            scale="predicted",
+        ),
+        _PAPER_CIFAR10,
+    ),
+    Preset(
+        "cifar10-paper-vae",
+        "The VAE to compare cifar10-paper with (reported: 4.51 bits/dim); 256 Gaussian latents at each of 8x8 places.",
+        VAEConfig(hidden=256, residual_hidden=256, dim=256, likelihood="discretized_logistic", scale="predicted"),
+        _PAPER_CIFAR10,
+    ),
+    Preset(
+        "imagenet128",
+        "The paper's 128x128 model with one 32x32 field of latents, K = 512; widths and batch from Sonnet's notes. The "
+        "paper gives no number of steps for it: here the 250,000 of its CIFAR-10 model. Wants a folder of pictures.",
+        VQVAEConfig(rule="debiased"),
+        TrainingSettings("folder", size=128, resize=128, flip=True, steps=250_000, batch_size=128, learning_rate=2e-4),
+    ),
+    Preset(
+        "photos",
+        "For a folder of photographs, or the embedded ones: 64-pixel crops at full resolution, codes that die are "
+        "replaced.",
+        VQVAEConfig(hidden=96, revive_below=0.1),
+        TrainingSettings("photos", size=64, flip=True, steps=2_000, batch_size=16, learning_rate=1e-3),
+    ),
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+__all__ = ["CIFAR10_VARIANCE", "PRESETS", "Preset", "TrainingSettings", "get_preset"]
