@@ -162,13 +162,15 @@ def ema_update_(
 ) -> None:
     """Move the running sizes and sums towards this step's, and the codebook to their ratio, in place.
 
-    A code whose size falls under eps, and a frozen code, keep their value.
+    A code whose size falls under eps, and a frozen code, keep their value. A group without any row changes nothing.
     """
-    cluster_size.mul_(decay).add_(counts.to(cluster_size.dtype), alpha=1 - decay)
-    cluster_sum.mul_(decay).add_(sums.to(cluster_sum.dtype), alpha=1 - decay)
+    any_row = counts.sum(-1, keepdim=True) > 0  # [G, 1]
+    keep = torch.where(any_row, decay, 1.0).to(cluster_size.dtype)
+    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * (1 - keep))
+    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * (1 - keep)[..., None])
     mean = cluster_sum / cluster_size.clamp(min=eps)[..., None]
     # A mean that overflowed would turn a finite code into a non-finite one: such a code also keeps its value.
-    moves = (cluster_size >= eps)[..., None] & mean.isfinite().all(-1, keepdim=True)
+    moves = (any_row & (cluster_size >= eps))[..., None] & mean.isfinite().all(-1, keepdim=True)
     if frozen is not None:
         moves = moves & ~frozen[..., None]
     codebook.copy_(torch.where(moves, mean, codebook))
@@ -197,3 +199,27 @@ def quantize(
     if not with_sums:
         sums = x.new_empty(0, dtype=sums.dtype)
     return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, nonfinite
+
+
+# ---- residual --------------------------------------------------------------------------------------------------------------
+
+
+def residual(
+    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Q quantizers in a row, each on what the ones before left over; see vqfast.ops.residual for the outputs."""
+    work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
+    rest = x.to(work)
+    levels = []
+    for codebook in codebooks:
+        level = quantize(rest, codebook, mask, metric, with_sums)
+        rest = rest - level[0].to(work)
+        levels.append(level)
+    quantized = levels[0][0]
+    for level in levels[1:]:
+        quantized = quantized + level[0]
+    columns = list(zip(*levels, strict=True))
+    sq_error, indices, sums, counts = (torch.stack(column) for column in columns[1:5])
+    if not with_sums:
+        sums = sums.flatten()
+    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0]

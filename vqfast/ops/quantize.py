@@ -53,37 +53,42 @@ def _fake(x, codebook, mask, metric, with_sums, order=None, basis=None, guess=No
 
 def _setup_context(ctx, inputs, output):
     x, codebook, mask = inputs[:3]
-    indices = output[2]
+    quantized, indices = output[0], output[2]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, indices)
+    # The rows just written are the codes themselves, unless x is narrower than the codebook: then keep the codebook.
+    ctx.exact_rows = x.dtype == codebook.dtype
+    ctx.codebook_size, ctx.codebook_dtype = codebook.shape[1], codebook.dtype
+    ctx.save_for_backward(x, quantized if ctx.exact_rows else codebook, indices)
     ctx.masked = mask is not None
     ctx.input_count = len(inputs)
 
 
 def _backward(ctx, grad_quantized, grad_error, *_):
     """Straight-through into x, and the gradient of the two squared errors, each to its own side."""
-    x, codebook, indices = ctx.saved_tensors
+    x, codes, indices = ctx.saved_tensors
     grad_x = grad_codebook = None
     if ctx.needs_input_grad[0] and grad_quantized is not None:
         grad_x = torch.where((indices >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
     if grad_error is not None:
-        difference = _difference(x, codebook, indices)  # [B, G, N, D], x - code, 0 at rows that do not count
+        if not ctx.exact_rows:
+            codes = _border.call("gather", _backends.choose("gather", None, codes))(codes, indices)
+        rest = difference(x, codes, indices)  # [B, G, N, D], x - code, 0 at rows that do not count
         if ctx.needs_input_grad[0]:
-            commitment = (difference * (2 * grad_error[0]).to(difference.dtype)).to(x.dtype)
+            commitment = (rest * (2 * grad_error[0]).to(rest.dtype)).to(x.dtype)
             grad_x = commitment if grad_x is None else grad_x + commitment
         if ctx.needs_input_grad[1]:
-            sums = scatter(difference, indices, codebook.shape[1])
-            grad_codebook = (sums * (-2 * grad_error[1]).to(sums.dtype)).to(codebook.dtype)
+            sums = scatter(rest, indices, ctx.codebook_size)
+            grad_codebook = (sums * (-2 * grad_error[1]).to(sums.dtype)).to(ctx.codebook_dtype)
     return grad_x, grad_codebook, *(None,) * (ctx.input_count - 2)
 
 
-def _difference(x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
-    work = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    codes = _border.call("gather", _backends.choose("gather", None, codebook))(codebook, indices)
-    difference = x.to(work) - codes.to(work)
-    counts = (indices >= 0)[..., None] & difference.isfinite().all(-1, keepdim=True)
-    return torch.where(counts, difference, 0)
+def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+    """x - codes, 0 at rows that are masked or not finite; float32 or wider."""
+    work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
+    rest = x.to(work) - codes.to(work)
+    counts = (indices >= 0)[..., None] & rest.isfinite().all(-1, keepdim=True)
+    return torch.where(counts, rest, 0)
 
 
 _border.define(

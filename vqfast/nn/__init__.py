@@ -1,0 +1,6 @@
+"""Quantizer layers."""
+
+from vqfast.nn.residual import ResidualVectorQuantizer
+from vqfast.nn.vector_quantizer import VectorQuantizer, VectorQuantizerEMA
+
+__all__ = ["ResidualVectorQuantizer", "VectorQuantizer", "VectorQuantizerEMA"]

@@ -1,0 +1,186 @@
+"""What all quantizer layers share: layout, projections, codebook access, state dtype, freezing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vqfast.nn import _layout
+from vqfast.nn._distributed import all_gather_rows
+from vqfast.ops import _shapes
+from vqfast.ops.gather import gather
+from vqfast.ops.kmeans import kmeans
+from vqfast.ops.nearest import nearest
+from vqfast.ops.quantize import check_mask
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class QuantizerBase(nn.Module):
+    """Layout, projection and codebook handling; subclasses decide how the codebook learns.
+
+    The codebook is stored as [K, D], or [S, K, D] with several groups or levels, in float32 (or float64); half-precision moves
+    of the module leave it there.
+    """
+
+    # Names of parameters and buffers that keep float32 or float64 whatever the module is cast to.
+    _wide_state: tuple[str, ...] = ("codebook",)
+
+    def __init__(self, dim, codebook_size, *, metric, groups, codebook_dim, channel_dim, process_group):
+        super().__init__()
+        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("groups", groups)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        self.metric_code = _shapes.check_metric(metric)
+        self.dim, self.codebook_size, self.groups, self.metric = dim, codebook_size, groups, metric
+        self.codebook_dim = dim if codebook_dim is None else codebook_dim
+        if self.codebook_dim % groups:
+            raise ValueError(f"{self.codebook_dim} channels do not split into groups={groups}; choose a divisor.")
+        self.channel_dim = channel_dim
+        self.process_group = process_group
+        projects = self.codebook_dim != dim
+        self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
+
+    # -- codebook --------------------------------------------------------------------------------------------------------
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        """Shape of the codebook parameter or buffer."""
+        plain = (self.codebook_size, self.codebook_dim // self.groups)
+        return plain if self.groups == 1 else (self.groups, *plain)
+
+    def _initial_codebook(self) -> Tensor:
+        # Uniform with variance 1 / D (Sonnet's variance scaling), so that a code has norm about 1.
+        shape = self._stored_shape()
+        limit = math.sqrt(3.0 / shape[-1])
+        codebook = torch.empty(shape).uniform_(-limit, limit)
+        return nn.functional.normalize(codebook, dim=-1) if self.metric == "cosine" else codebook
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        """A stored tensor [K, ...] or [S, K, ...] as [S, K, ...]."""
+        return tensor if len(self._stored_shape()) == 3 else tensor[None]
+
+    @torch.no_grad()
+    def set_codebook_(self, codebook: Tensor) -> None:
+        """Replace the codebook and reset what was learned about it (sizes, sums, pending statistics).
+
+        Args:
+            codebook: same shape as `self.codebook`, floating, finite.
+
+        Raises:
+            ValueError, TypeError: shape or dtype do not fit, or a value is not finite.
+        """
+        _shapes.check_float("codebook", codebook)
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(f"codebook is {_shapes.describe(codebook)}, this layer's is {_shapes.describe(self.codebook)}.")
+        if not bool(codebook.isfinite().all()):
+            raise ValueError("codebook holds NaN or Inf; every code must be finite.")
+        if self.metric == "cosine":
+            codebook = nn.functional.normalize(codebook.to(self.codebook.dtype), dim=-1)
+        self.codebook.copy_(codebook)
+        self._reset_state()
+
+    @torch.no_grad()
+    def init_codebook_(self, batch: Tensor, *, iterations: int = 10, seed: int = 0) -> None:
+        """Set the codebook by k-means on the rows of a batch of this layer's inputs (all processes' rows, the same result on each).
+
+        Args:
+            batch: layer input, as for forward; it needs at least codebook_size finite rows per group.
+            iterations: Lloyd steps. seed: of the starting draw.
+        """
+        rows = self._rows(batch)[0].transpose(0, 1).flatten(1, 2).to(torch.float32)  # [G, N, D]
+        self.set_codebook_(self._codes_from_rows(rows, iterations, seed))
+
+    def _codes_from_rows(self, rows: Tensor, iterations: int, seed: int) -> Tensor:
+        codes = [
+            kmeans(all_gather_rows(group.contiguous(), self.process_group), self.codebook_size, iterations=iterations, seed=seed)
+            for group in rows
+        ]
+        return torch.stack([result.codebook for result in codes]).reshape(self._stored_shape())
+
+    def _reset_state(self) -> None:
+        """Forget statistics that belong to an old codebook."""
+
+    # -- layout ----------------------------------------------------------------------------------------------------------
+
+    def _rows(self, z: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """z -> canonical rows [B, G, N, D] and z's shape without the channel axis."""
+        _layout.check_channels(z, self.dim, self.channel_dim)
+        like = _layout.without_channel(z.shape, self.channel_dim)
+        z = self.project_in(z.movedim(self.channel_dim, -1))
+        if self.metric == "cosine":
+            z = nn.functional.normalize(z, dim=-1) if self.groups == 1 else z
+        rows = _layout.to_rows(z, -1, self.groups)
+        if self.metric == "cosine" and self.groups > 1:
+            rows = nn.functional.normalize(rows, dim=-1)
+        return rows, like
+
+    def _mask_rows(self, mask: Tensor | None, z: Tensor, like: tuple[int, ...]) -> Tensor | None:
+        mask = check_mask(mask, z, like)
+        if mask is None:
+            return None
+        return mask[None] if mask.dim() == 1 else mask.flatten(1)
+
+    def _to_layout(self, rows: Tensor, like: tuple[int, ...]) -> Tensor:
+        return self.project_out(_layout.from_rows(rows, like, -1)).movedim(-1, self.channel_dim)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Indices of the nearest codes: int64, z's shape without the channel axis ([B, G, ...] with several groups)."""
+        rows, like = self._rows(z)
+        codebook = self._grouped(self.codebook)
+        indices = nearest(rows, codebook, metric=self.metric).indices
+        return _layout.indices_to_user(indices, like)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes of indices as the layer's output layout; index -1 gives zeros (before the output projection)."""
+        flat, like = _layout.indices_to_rows(_shapes.check_indices("indices", indices), self.groups)
+        return self._to_layout(gather(self._grouped(self.codebook), flat), like)
+
+    # -- freezing --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def freeze_(self, codes: Tensor | None = None) -> None:
+        """Stop learning of all codes, or of those where the bool tensor `codes` ([K] or [S, K]) is True. Frozen codes still serve."""
+        if codes is None:
+            self.frozen.fill_(True)
+        else:
+            if codes.dtype != torch.bool or codes.shape != self.frozen.shape:
+                raise ValueError(f"codes must be bool of shape {list(self.frozen.shape)}, got {_shapes.describe(codes)}.")
+            self.frozen.copy_(codes)
+        self._any_frozen = bool(self.frozen.any())
+
+    def unfreeze_(self) -> None:
+        """Let every code learn again."""
+        self.frozen.fill_(False)
+        self._any_frozen = False
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._any_frozen = bool(self.frozen.any())
+
+    # -- dtype -----------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        """Keep the codebook and its statistics in float32 or float64 under .half(), .bfloat16() and .to(dtype)."""
+        kept = {name: getattr(self, name).detach() for name in self._wide_state}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype in _HALVES:
+                after.data = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"dim={self.dim}, codebook_size={self.codebook_size}, metric={self.metric!r}, channel_dim={self.channel_dim}"
+        text += f", groups={self.groups}" if self.groups > 1 else ""
+        return text + (f", codebook_dim={self.codebook_dim}" if self.codebook_dim != self.dim else "")
+
+
+def rerun_in_backward() -> bool:
+    """True inside a forward that activation checkpointing repeats during backward."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,147 @@
+"""residual: Q quantizers in a row, each on what the ones before left over, in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast import _backends, _border, reference
+from vqfast.ops import _shapes, quantize
+from vqfast.ops.quantize import Quantized
+
+
+def _fake(x, codebooks, mask, metric, with_sums):
+    b, g, n, d = x.shape
+    q, _, k, _ = codebooks.shape
+    work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
+    return (
+        x.new_empty(b, g, n, d),
+        x.new_empty(q, 2, dtype=torch.float64),
+        x.new_empty(q, b, g, n, dtype=torch.int64),
+        x.new_empty((q, g, k, d) if with_sums else (0,), dtype=work),
+        x.new_empty(q, g, k, dtype=torch.int64),
+        x.new_empty((), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, codebooks, mask = inputs[:3]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, codebooks, output[2])
+    ctx.masked = mask is not None
+    ctx.input_count = len(inputs)
+
+
+def _backward(ctx, grad_quantized, grad_error, *_):
+    """The identity into x, and per level the gradient of its squared error; codes of earlier levels are constants."""
+    x, codebooks, indices = ctx.saved_tensors
+    grad_x = grad_codebooks = None
+    if ctx.needs_input_grad[0] and grad_quantized is not None:
+        grad_x = torch.where((indices[0] >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
+    if grad_error is not None:
+        work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
+        gather = _border.call("gather", _backends.choose("gather", None, codebooks))
+        rest, into_x, into_codes = x.to(work), 0, []
+        for level, codebook in enumerate(codebooks):
+            codes = gather(codebook, indices[level]).to(work)
+            difference = quantize.difference(rest, codes, indices[level])
+            into_x = into_x + difference * (2 * grad_error[level, 0]).to(work)
+            if ctx.needs_input_grad[1]:
+                sums = quantize.scatter(difference, indices[level], codebooks.shape[2])
+                into_codes.append((sums * (-2 * grad_error[level, 1]).to(sums.dtype)).to(codebooks.dtype))
+            rest = rest - codes
+        if ctx.needs_input_grad[0]:
+            grad_x = into_x.to(x.dtype) if grad_x is None else grad_x + into_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_codebooks = torch.stack(into_codes)
+    return grad_x, grad_codebooks, *(None,) * (ctx.input_count - 2)
+
+
+_border.define(
+    "residual",
+    "(Tensor x, Tensor codebooks, Tensor? mask, int metric, bool with_sums)"
+    " -> (Tensor quantized, Tensor sq_error, Tensor indices, Tensor sums, Tensor counts, Tensor nonfinite)",
+    family="residual",
+    reference=reference.residual,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+class Residual(torch.autograd.Function):
+    """The residual op of one backend with its gradient; the same rules are registered on the op."""
+
+    @staticmethod
+    def forward(x, codebooks, mask, metric, with_sums, backend):
+        return _border.call("residual", backend)(x, codebooks, mask, metric, with_sums)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
+
+
+def step(x, codebooks, mask=None, *, metric=0, with_sums=False, backend=None) -> quantize.Step:
+    """Run the op on canonical shapes: x [B, G, N, D], codebooks [Q, G, K, D]; every output but the first has a leading Q."""
+    chosen = _backends.choose("residual", backend, x, codebooks)
+    arguments = (x, codebooks, mask, metric, with_sums)
+    if torch.compiler.is_compiling():
+        return quantize.Step(*_border.call("residual", chosen)(*arguments))
+    return quantize.Step(*Residual.apply(*arguments, chosen))
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Tensor,
+    *,
+    mask: Tensor | None = None,
+    metric: str = "l2",
+    commitment_weight: float = 0.25,
+    backend: str | None = None,
+) -> Quantized:
+    """Quantize x by Q codebooks in a row; level q quantizes what levels 0..q-1 left over.
+
+    r_0 = x, i_q = nearest(r_q), r_{q+1} = r_q - code(i_q), quantized = sum_q code(i_q).
+
+    **Shapes**: x [..., D], codebooks [Q, K, D], mask [...] -> quantized [..., D], indices [..., Q].
+
+    Args:
+        x, mask, metric, commitment_weight, backend: see `vector_quantize`. The rest r is kept in float32 (float64 for float64).
+        codebooks: Q codebooks of one size.
+
+    Returns:
+        Quantized; losses are means over levels, perplexity and usage as well; indices carry the level last.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or the metric do not fit.
+
+    Gradient: d quantized / d x is the identity (as in EnCodec); each level's losses to x and to its own codebook.
+    """
+    code = _shapes.check_metric(metric)
+    _shapes.check_float("codebooks", codebooks)
+    if codebooks.dim() != 3 or codebooks.numel() == 0:
+        raise ValueError(f"codebooks must be [Q, K, D] and not empty, got {_shapes.describe(codebooks)}.")
+    rows, _ = _shapes.canonical(x, codebooks[0])
+    leading = _shapes.leading_shape(x)
+    mask = quantize.check_mask(mask, x, leading)
+    if mask is not None:
+        mask = mask.reshape(rows.shape[0], rows.shape[2])
+    result = step(rows, codebooks[:, None], mask, metric=code, backend=backend)
+    valid = result.counts[0].sum()
+    commitment_loss, codebook_loss = quantize.losses(result.sq_error.mean(0), valid, x.shape[-1])
+    perplexity, usage = quantize.code_metrics(result.counts[:, 0])
+    return Quantized(
+        result.quantized.reshape(x.shape),
+        result.indices.movedim(0, -1).reshape(*leading, len(codebooks)),
+        codebook_loss + commitment_weight * commitment_loss,
+        commitment_loss,
+        codebook_loss,
+        perplexity,
+        usage,
+        result.nonfinite,
+    )
