@@ -30,7 +30,7 @@ def put(backend: str, *tensors: torch.Tensor | None):
 
 
 def op(name: str, backend: str):
-    """The border's own op; skips, loudly, where a backend does not have that family."""
+    """The border's own op, called without the public function's checks."""
     trailing = "_" if name.endswith("_") else ""
     full = f"{name.rstrip('_')}_{backend}{trailing}"
     if not hasattr(torch.ops.vqfast, full):
