@@ -47,7 +47,7 @@ def same(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
 def same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
     """Equal in every bit, the sign of zero and the payload of NaN included."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
-    a, b = (t.detach().cpu().contiguous().view(torch.uint8) for t in (actual, expected))
+    a, b = (t.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for t in (actual, expected))
     assert torch.equal(a, b), f"{what}: {(a != b).sum().item()} bytes differ"
 
 

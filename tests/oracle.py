@@ -9,6 +9,7 @@ Shapes: x [..., N, D], codebook [K, D]; or x [..., G, N, D] with codebook [G, K,
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -91,9 +92,9 @@ def nearest(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2") -> Foun
     rows, codes = as_float64(x), as_float64(codebook)
     out_dtype = np.float64 if torch.float64 in (x.dtype, codebook.dtype) else np.float32
     if codes.ndim == 2:
-        distance, indices = _nearest_2d(rows.reshape(-1, rows.shape[-1]), codes, metric)
+        distance, indices = _nearest_2d(rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]), codes, metric)
     else:
-        flat = rows.reshape(-1, *rows.shape[-3:])  # [B, G, N, D]
+        flat = rows.reshape(math.prod(rows.shape[:-3]), *rows.shape[-3:])  # [B, G, N, D]
         pairs = [_nearest_2d(flat[b, g], codes[g], metric) for b in range(len(flat)) for g in range(len(codes))]
         distance = np.stack([p[0] for p in pairs]) if pairs else np.zeros(0)
         indices = np.stack([p[1] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
@@ -121,7 +122,7 @@ def code_stats(x: torch.Tensor, indices: torch.Tensor, codebook_size: int) -> tu
     sums = np.zeros((groups, codebook_size, dim))
     counts = np.zeros((groups, codebook_size), dtype=np.int64)
     for g in range(groups):
-        flat, index = rows[:, g].reshape(-1, dim), picked[:, g].reshape(-1)
+        flat, index = rows[:, g].reshape(picked[:, g].size, dim), picked[:, g].reshape(-1)
         keep = np.isfinite(flat).all(axis=1) & (index >= 0)
         np.add.at(sums[g], index[keep], flat[keep])
         np.add.at(counts[g], index[keep], 1)
