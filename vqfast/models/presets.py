@@ -16,7 +16,7 @@ class TrainingSettings:
     """How a preset is trained; the optimizer is Adam.
 
     Attributes:
-        dataset: "cifar10", "photos" (the embedded photographs) or "folder" (the user names one).
+        dataset: "cifar10", "photographs" (the embedded photographs) or "folder" (the user names one).
         size: side of the square crops, pixels.
         resize: shorter side to which pictures are scaled before they are cropped; 0 leaves them as they are.
         flip: mirror half of the crops horizontally.
@@ -103,7 +103,7 @@ _ALL = (
         "For a folder of photographs, or the embedded ones: 64-pixel crops at full resolution, codes that die are "
         "replaced.",
         VQVAEConfig(hidden=96, revive_below=0.1),
-        TrainingSettings("photos", size=64, flip=True, steps=2_000, batch_size=16, learning_rate=1e-3),
+        TrainingSettings("photographs", size=64, flip=True, steps=2_000, batch_size=16, learning_rate=1e-3),
     ),
 )
 
