@@ -56,7 +56,7 @@ first, then
 or set VQFAST_BUILD=none for a package without native libraries."""
 NO_COMPILER = """vqfast: no C++ compiler found, so this package has no native libraries and runs on the slower reference
 backend. For the fast one: apt install g++, then install again."""
-NO_BINDINGS = """vqfast: Python.h (apt install python3-dev) or pybind11 is not here: vqfast._C, the build facts, is left out."""
+NO_BINDINGS = """vqfast: Python.h (apt install python3-dev) or pybind11 is not here, so vqfast._C is left out."""
 
 
 # ---- what this machine has -----------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def run_steps(steps: list[Step], build: Path) -> None:
         Path(step.output).parent.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if ninja:
-        write_if_changed(build / "build.ninja", ninja_file(steps))
+        write_if_changed(build / "build.ninja", ninja_file(steps, build))
         subprocess.run([ninja, "-f", str(build / "build.ninja"), "-j", str(jobs)], check=True)
         return
     with ThreadPoolExecutor(jobs) as pool:
@@ -211,11 +211,12 @@ def run_steps(steps: list[Step], build: Path) -> None:
             subprocess.run(step.command, check=True)
 
 
-def ninja_file(steps: list[Step]) -> str:
+def ninja_file(steps: list[Step], build: Path) -> str:
     def escape(path: str) -> str:
         return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule link", "  command = $cmd", "rule compile", "  command = $cmd", "  depfile = $out.d", "  deps = gcc"]
+    lines = [f"builddir = {escape(str(build))}", "rule link", "  command = $cmd"]
+    lines += ["rule compile", "  command = $cmd", "  depfile = $out.d", "  deps = gcc"]
     for step in steps:
         rule = "compile" if step.compiles else "link"
         lines += [f"build {escape(step.output)}: {rule} {' '.join(map(escape, step.inputs))}"]

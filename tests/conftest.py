@@ -1,7 +1,8 @@
 """Fixtures that every test may use, and the policy for skips: a skip that matters can be turned into a failure.
 
-A skip reason that starts with `native:`, `triton:` or `cuda:` fails instead when VQFAST_REQUIRE names that word, so that a machine
-which is meant to have a compiler or a GPU cannot pass by leaving its tests out. Every skip is listed at the end, with its reason.
+A skip reason that starts with `native:`, `triton:` or `cuda:` fails instead when VQFAST_REQUIRE names that word, so
+that a machine which is meant to have a compiler or a GPU cannot pass by leaving its tests out. Every skip is listed at
+the end, with its reason.
 """
 
 import os
@@ -71,7 +72,7 @@ def set_threads():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Fresh memory holds NaN (integers: the largest value), so that a kernel which leaves an output unwritten is caught.
+    """Fresh memory holds NaN (integers: the largest value), so that an output which a kernel leaves unwritten shows.
 
     Off under `@pytest.mark.unpoisoned`, for tests that map huge memory without touching it.
     """
@@ -80,8 +81,9 @@ def poisoned_memory(request):
         return
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if device_of(params.get("backend", "cpu")).type == "cuda":
-        # Not by torch's deterministic mode: it would make our own results deterministic, which is what tests must find out.
-        torch.full((1 << 24,), float("nan"), device="cuda")  # goes back to the caching allocator, which hands it out again
+        # Not by torch's deterministic mode, which would hide that an op of ours is not deterministic. This block goes
+        # back to the caching allocator, which hands it out again.
+        torch.full((1 << 24,), float("nan"), device="cuda")
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -92,7 +94,7 @@ def poisoned_memory(request):
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-# ---- skips ---------------------------------------------------------------------------------------------------------------
+# ---- skips -------------------------------------------------------------------------------------------------------
 
 
 def skip_reason(report) -> str:
