@@ -1,0 +1,91 @@
+"""Options that several commands share, and how they become a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Iterator
+
+from torch import Tensor
+
+from vqfast.cli import UserError
+from vqfast.train.config import assigned, merged, parse_assignment, preset_values, read_toml
+
+# (flag, configuration key, type, help). Everything else goes through --set.
+_FLAGS = (
+    ("--data", "data.source", str, "photographs, cifar10, mnist, or a folder of pictures"),
+    ("--size", "data.size", int, "side of the crops in pixels"),
+    ("--batch-size", "data.batch_size", int, "pictures per step"),
+    ("--steps", "train.steps", int, "optimizer steps in all"),
+    ("--lr", "train.learning_rate", float, "learning rate"),
+    ("--seed", "train.seed", int, "seed of everything random"),
+    ("--device", "train.device", str, "auto, cpu, cuda or cuda:N"),
+    ("--threads", "train.threads", int, "CPU threads"),
+    ("--accumulate", "train.accumulate", int, "forward and backward rounds per optimizer step"),
+)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that make up a configuration: TOML file, preset, common flags, --set."""
+    parser.add_argument("config", nargs="?", help="TOML file with [model], [data], [train]")
+    parser.add_argument("--preset", help="start from a preset (see the list below)")
+    for flag, key, kind, help in _FLAGS:
+        parser.add_argument(flag, dest=key, type=kind, metavar=kind.__name__.upper().replace("STR", "TEXT"), help=f"{help} [{key}]")
+    parser.add_argument("--bf16", dest="train.bf16", action="store_true", default=None, help="bfloat16 autocast [train.bf16]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, like --set model.dim=32; repeatable")
+
+
+def values_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The nested values that the options ask for: preset, then TOML file, then flags, then --set."""
+    flags = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    return merged(preset_values(args.preset) if args.preset else {}, read_toml(args.config) if args.config else {}, assigned(flags),
+                  assigned(dict(parse_assignment(text) for text in args.set)))
+
+
+def settings_epilog() -> str:
+    """The presets and all keys with their defaults, for --help."""
+    import dataclasses
+
+    from vqfast.models import PRESETS
+    from vqfast.train.config import MODELS, SECTIONS
+
+    lines = ["presets:"] + [f"  {name:<18} {preset.description}" for name, preset in PRESETS.items()] + ["", "keys and their defaults:"]
+    for section, kind in SECTIONS.items():
+        lines += [f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata['help']}" for f in dataclasses.fields(kind)]
+    lines += [f"  {'model.' + f.name:<24} {f.default}" for f in dataclasses.fields(MODELS["vqvae"][1])]
+    lines += [f"  {'model.kind':<24} {'vqvae':<14} {' or '.join(MODELS)}"]
+    return "\n".join(lines)
+
+
+class Pictures:
+    """Pictures from one file or a folder (any depth, any size), one at a time; those that cannot be read are skipped and counted.
+
+    Args:
+        path: a picture or a folder.
+        channels: 1 or 3, what the model takes.
+
+    Raises:
+        UserError: no such path, or no pictures in it.
+    """
+
+    def __init__(self, path: str, channels: int):
+        from vqfast.data import PictureFolder
+
+        self.root = Path(path)
+        if not self.root.exists():
+            raise UserError(f"there is no {path}; give a picture or a folder of pictures")
+        try:
+            self._folder = PictureFolder(self.root, channels=channels)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from None
+        self.skipped = self._folder.skipped
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name relative to the folder, uint8 [C, H, W])."""
+        for path, picture in self._folder.iterate():
+            yield path.name if path == self.root else path.relative_to(self.root).as_posix(), picture
+
+    def report(self) -> list[str]:
+        """One line per skipped picture, the first few of them."""
+        lines = [f"skipped {path}: {reason}" for path, reason in list(self.skipped.items())[:5]]
+        return lines + ([f"... and {len(self.skipped) - 5} more"] if len(self.skipped) > 5 else [])

@@ -1,0 +1,76 @@
+"""``vqfast decode``: a token file in, pictures out."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from vqfast.cli import UserError
+from vqfast.cli.encode import require_codes
+from vqfast.data import save_picture
+from vqfast.models import float_to_pixels
+from vqfast.tokens import TokenFileError, TokenReader, TokenRecord, model_hash
+from vqfast.train.ranks import pick_device
+from vqfast.train.runs import find_model
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", help="the model that made the tokens")
+    parser.add_argument("tokens", help="the token file")
+    parser.add_argument("out", help="folder for the pictures (PNG, under their own names)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(args) -> int:
+    model, _, _ = find_model(Path(args.model))
+    require_codes(model, args.model)
+    out, number = Path(args.out), 0
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder for the pictures")
+    with TokenReader(args.tokens) as reader:
+        reader.require_model(model_hash(model.state_dict()))
+        model.to(pick_device(args.device))
+        taken: set[PurePosixPath] = set()
+        try:
+            for record in reader:
+                place = picture_name(record.name, args.tokens, taken)
+                save_picture(out / place, picture_of(model, record, args.tokens))
+                number += 1
+        except TokenFileError as error:
+            raise TokenFileError(f"{error} ({number} pictures before that were written to {out})") from None
+    print(f"{number} pictures in {out}")
+    return 0
+
+
+def picture_name(name: str, source: str, taken: set[PurePosixPath]) -> PurePosixPath:
+    """Where a picture goes inside the folder: its own name with .png, never outside the folder and never twice."""
+    path = PurePosixPath(name)
+    unsafe = path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or "\0" in name or ":" in path.parts[0]
+    if unsafe:
+        raise TokenFileError(f"{source}: the picture name {name!r} points outside the folder, so it is refused")
+    places = itertools.chain([path.with_suffix(".png")], (path.with_name(f"{path.name}{end}.png") for end in _endings()))
+    place = next(place for place in places if place not in taken)  # a.jpg and a.png give a.png and a.png.png
+    taken.add(place)
+    return place
+
+
+def _endings():
+    """"", then ".2", ".3", ..."""
+    yield ""
+    yield from (f".{number}" for number in itertools.count(2))
+
+
+@torch.no_grad()
+def picture_of(model, record: TokenRecord, source: str) -> torch.Tensor:
+    """The picture of one record, uint8 [C, H, W]; the record's shapes must be the model's for that size."""
+    stride = model.stride
+    height, width = -(-record.height // stride) * stride, -(-record.width // stride) * stride
+    expected = [tuple(shape) for shape in model.latent_shapes(height, width)] if height and width else []
+    if [level.shape for level in record.levels] != expected:
+        raise TokenFileError(f"{source}: {record.name} has codes of shape {[level.shape for level in record.levels]}, a picture of "
+                             f"{record.width}x{record.height} pixels has {expected} with this model")
+    device = next(model.parameters()).device
+    levels = [torch.from_numpy(level)[None].to(device) for level in record.levels]
+    return float_to_pixels(model.decode(levels))[0, :, : record.height, : record.width].cpu()

@@ -1,0 +1,242 @@
+"""How good a model is on pictures: errors, bits, code usage, and what JPEG and WebP make of as many bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
+from vqfast.tokens import bits_for
+
+# (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG documentation advises.
+CODECS = (("JPEG", 1, 95, {"optimize": True}), ("WEBP", 0, 100, {"method": 6}))
+_BATCH_PIXELS = 1 << 18  # pictures of the same size go through the model together up to this many pixels
+
+
+@dataclass
+class Evaluation:
+    """Means over pictures (not over pixels). Errors are of 8-bit pictures, scaled to [0, 1]."""
+
+    pictures: int = 0
+    mse: float = 0.0
+    psnr: float = 0.0
+    ssim: float | None = None
+    bits_per_dim: float | None = None
+    perplexity: list[float] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
+    bits_per_pixel: float | None = None
+    token_bytes: float | None = None
+    notes: list[str] = field(default_factory=list)
+    codecs: list["CodecResult"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CodecResult:
+    """One codec at the quality whose files come nearest to the tokens' size."""
+
+    name: str
+    quality: int
+    bytes: float
+    psnr: float
+    ssim: float | None
+    too_large: bool  # even its lowest quality takes more bytes than the tokens
+
+
+def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool = True,
+             likelihood: bool = True) -> Evaluation:
+    """Judges a model.
+
+    Args:
+        model: a VQ-VAE or VAE; it is put into eval mode.
+        pictures: uint8 [C, H, W] of any sizes; they are padded to the model's stride and cut back. All are kept in memory when
+            ``codecs`` asks for a second look at them.
+        codecs: compare with JPEG and WebP.
+        likelihood: compute bits per dimension (needs sizes that are multiples of the stride).
+
+    Raises:
+        ValueError: no pictures.
+    """
+    result, kept, similarity = Evaluation(), [], similarity_function()
+    errors, ratios, ssims, bits, token_bytes, pixels_seen = [], [], [], [], [], []
+    counts = [torch.zeros(quantizer.codebook_size, dtype=torch.int64) for quantizer in model.quantizers]
+    scale = None
+    for _, batch in same_size_batches(("", picture) for picture in pictures):
+        restored, codes, x = restore(model, batch)
+        error = squared_errors(batch, restored)
+        errors += error.tolist()
+        ratios += psnr(error).tolist()
+        if similarity is not None:
+            ssims += similarity(batch, restored)
+        for level, indices in enumerate(codes):
+            counts[level] += torch.bincount(indices.reshape(-1), minlength=len(counts[level]))
+        if codes:
+            one = sum(math.ceil(level[0].numel() * bits_for(len(count)) / 8) for level, count in zip(codes, counts))
+            token_bytes += [one] * len(batch)
+        pixels_seen += [batch.shape[2] * batch.shape[3]] * len(batch)
+        if likelihood and batch.shape[2] % model.stride == 0 == batch.shape[3] % model.stride:
+            if scale is None and model.likelihood.kind != "discretized_logistic":
+                scale = _fitted_scale(model, x, result)
+            bits += [float(model.bits_per_dim(x, scale=scale).total)] * len(batch)
+        if codecs:
+            kept += list(batch)
+    if not errors:
+        raise ValueError("there are no pictures to evaluate on")
+    result.pictures, result.mse, result.psnr = len(errors), _mean(errors), _mean(ratios)
+    result.ssim = _mean(ssims) if ssims else None
+    if similarity is None:
+        result.notes.append("SSIM needs pytorch-msssim or torchmetrics: pip install pytorch-msssim")
+    elif not ssims or len(ssims) < len(errors):
+        result.notes.append("SSIM leaves out pictures that are smaller than its window of 11 pixels")
+    if bits:
+        result.bits_per_dim = _mean(bits)
+    if counts:
+        result.perplexity, result.usage = map(list, zip(*(_code_figures(count) for count in counts)))
+        result.token_bytes, result.bits_per_pixel = _mean(token_bytes), 8 * sum(token_bytes) / sum(pixels_seen)
+    if codecs and result.token_bytes:
+        result.codecs = [codec_at(codec, kept, result.token_bytes, similarity) for codec in usable_codecs(result.notes)]
+    return result
+
+
+@torch.no_grad()
+def encode_pictures(model: torch.nn.Module, pixels: Tensor) -> tuple[list[Tensor] | Tensor, Tensor]:
+    """The latents (codes per level, or a VAE's means) of uint8 pictures [B, C, H, W] of any size, and the padded input."""
+    model.eval()
+    x, _ = pad_to_multiple(pixels_to_float(pixels.to(next(model.parameters()).device)), model.stride)
+    return model.encode(x), x
+
+
+@torch.no_grad()
+def restore(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Reconstruction (uint8) and codes of uint8 pictures [B, C, H, W] of any size, on the CPU, and the model's padded input."""
+    latents, x = encode_pictures(model, pixels)
+    out = float_to_pixels(model.decode(latents)[..., : pixels.shape[2], : pixels.shape[3]]).cpu()
+    return out, [level.cpu() for level in latents] if model.quantizers else [], x
+
+
+def same_size_batches(pictures: Iterable[tuple[str, Tensor]], limit: int = _BATCH_PIXELS) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and stacks of neighbouring pictures of one size, up to ``limit`` pixels together; order is kept."""
+    names: list[str] = []
+    waiting: list[Tensor] = []
+    for name, picture in pictures:
+        if waiting and (picture.shape != waiting[0].shape or (len(waiting) + 1) * picture[0].numel() > limit):
+            yield names, torch.stack(waiting)
+            names, waiting = [], []
+        names.append(name)
+        waiting.append(picture)
+    if waiting:
+        yield names, torch.stack(waiting)
+
+
+def squared_errors(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each pair of uint8 pictures [B, C, H, W], on the scale [0, 1], float64 [B]."""
+    return ((a.double() - b.double()) / 255).square().flatten(1).mean(1)
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB: -10 log10(mse); identical pictures give 100."""
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def similarity_function() -> Callable[[Tensor, Tensor], list[float]] | None:
+    """SSIM of pairs of uint8 pictures by whichever library is installed, or None."""
+    try:
+        from pytorch_msssim import ssim
+    except ImportError:
+        try:
+            from torchmetrics.functional.image import structural_similarity_index_measure as measure
+        except ImportError:
+            return None
+
+        def ssim(a, b, data_range, size_average):
+            return measure(a, b, data_range=data_range, reduction="none")
+
+    def similarity(a: Tensor, b: Tensor) -> list[float]:
+        if min(a.shape[2:]) < 11:  # the window of the definition
+            return []
+        return ssim(a.float(), b.float(), data_range=255.0, size_average=False).reshape(len(a), -1).mean(1).tolist()
+
+    return similarity
+
+
+def usable_codecs(notes: list[str]) -> list[tuple]:
+    """The codecs that this Pillow has; a note for each that it lacks."""
+    try:
+        from PIL import features
+    except ImportError:
+        notes.append("the comparison with JPEG and WebP needs Pillow: pip install Pillow")
+        return []
+    found = []
+    for codec in CODECS:
+        if features.check({"JPEG": "jpg", "WEBP": "webp"}[codec[0]]):
+            found.append(codec)
+        else:
+            notes.append(f"this Pillow was built without {codec[0]}")
+    return found
+
+
+def codec_at(codec: tuple, pictures: list[Tensor], target: float, similarity: Callable | None) -> CodecResult:
+    """A codec at the one quality at which its average file comes nearest to ``target`` bytes.
+
+    Bisection on the quality: files grow with it. The two qualities around the target are both tried.
+    """
+    name, low, high, options = codec
+    sizes: dict[int, float] = {}
+
+    def size(quality: int) -> float:
+        if quality not in sizes:
+            sizes[quality] = _mean([len(_compress(picture, name, quality, options)) for picture in pictures])
+        return sizes[quality]
+
+    least = size(low)
+    while least < target and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) < target else (low, middle)
+    quality = low if least >= target else min((low, high), key=lambda q: abs(size(q) - target))
+    ratios, ssims = [], []
+    for picture in pictures:
+        restored = _decompress(_compress(picture, name, quality, options), picture.shape[0])
+        ratios += psnr(squared_errors(picture[None], restored[None])).tolist()
+        ssims += similarity(picture[None], restored[None]) if similarity else []
+    return CodecResult("WebP" if name == "WEBP" else name, quality, size(quality), _mean(ratios), _mean(ssims) if ssims else None,
+                       least > target)
+
+
+def _compress(picture: Tensor, name: str, quality: int, options: dict) -> bytes:
+    from PIL import Image
+
+    array = picture.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, name, quality=quality, **options)
+    return buffer.getvalue()
+
+
+def _decompress(content: bytes, channels: int) -> Tensor:
+    from PIL import Image
+
+    array = np.array(Image.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+
+
+def _code_figures(counts: Tensor) -> tuple[float, float]:
+    """Perplexity exp(entropy) of the codes' frequencies, and the part of all codes that was used at all."""
+    p = counts.double() / counts.sum()
+    entropy = -(p * p.clamp_min(1e-300).log()).sum()
+    return float(entropy.exp()), float((counts > 0).double().mean())
+
+
+def _fitted_scale(model: torch.nn.Module, x: Tensor, result: Evaluation) -> float:
+    """The scale of the logistic for models whose likelihood gives 8-bit levels no probability."""
+    scale = fit_logistic_scale(model.decode(model.encode(x)), x)
+    result.notes.append(f"bits/dim: this model has no likelihood of 8-bit pictures; a logistic of scale {scale:.4f}, fitted on the "
+                        f"first {len(x)} pictures, stands in")
+    return scale
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

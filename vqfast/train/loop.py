@@ -1,0 +1,329 @@
+"""The training loop: one class that owns a run, from its folder to its last checkpoint.
+
+A run is a pure function of its configuration: pictures of step n depend on (seed, n) only, and a checkpoint holds everything else (weights,
+optimizer, random states, half-filled averages). So a run that was killed at any moment ends with the same bits as one that was not,
+with the same number of threads and the same PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import vqfast
+from vqfast._files import write_atomic
+from vqfast.data import Loader
+from vqfast.models import pixels_to_float
+from vqfast.train import checkpoint as checkpoints
+from vqfast.train.checkpoint import Checkpoint, CheckpointError
+from vqfast.train.config import Config, ConfigError, MODELS, to_json
+from vqfast.train.log import MetricsLog, Progress
+from vqfast.train.ranks import Ranks
+from vqfast.train.report import draw_report
+from vqfast.train.sources import open_sources
+
+Say = Callable[[str], None]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (the loss is not finite, processes disagree); the message says what to try."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the step it reached, whether a signal stopped it, and its last line of metrics."""
+
+    step: int
+    interrupted: bool
+    metrics: dict
+
+
+class Trainer:
+    """Trains one model into one folder.
+
+    Args:
+        config: what to train, on what, how long.
+        folder: gets ``config.json``, ``metrics.jsonl`` and ``.csv``, ``checkpoints/``, ``pictures/``, ``plots/`` and, at the end,
+            ``model/``.
+        ranks: this process among its peers; only the first writes and talks.
+        start: the checkpoint to go on from, or None.
+        say: prints one line for people.
+
+    Raises:
+        ConfigError, CheckpointError: before anything is written.
+    """
+
+    def __init__(self, config: Config, folder: Path, ranks: Ranks, *, start: Checkpoint | None = None, say: Say = print):
+        self.config, self.folder, self.ranks = config, folder, ranks
+        self.say: Say = say if ranks.first else (lambda text: None)
+        settings = config.train
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.model = MODELS[config.kind][0](_training_config(config.model)).to(ranks.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
+        self.sources = open_sources(config.data, config.model.in_channels)
+        torch.manual_seed(settings.seed + 1_000_003 * ranks.rank)  # weights are the same in all processes, later draws are not
+        self.step, self.seconds, self.meter = 0, 0.0, Meter(ranks.device)
+        if start is not None:
+            self._restore(start)
+        elif settings.init == "kmeans" and self.model.quantizers:
+            self._init_codebooks()
+        self.forward = self.model
+        if ranks.world_size > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def run(self) -> Outcome:
+        """Trains to the last step, or until Ctrl-C or SIGTERM; saves either way.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        settings, last = self.config.train, {}
+        if self.ranks.first:
+            write_atomic(self.folder / "config.json", to_json(self.config))
+            self.log = MetricsLog(self.folder, self.step, settings.tensorboard)
+        progress = Progress(settings.steps, self.step, self.say, self.ranks.first)
+        saved, stop = None, False
+        self._clock = time.monotonic()
+        with Signals() as signals, self._loader(self.step) as batches:
+            while self.step < settings.steps and not stop:
+                self._train_step(batches)
+                self.step += 1
+                progress.step()
+                end = self.step == settings.steps
+                if self.step % settings.log_every == 0 or end:
+                    last = self._write_metrics(progress)
+                with self._clock_stopped():
+                    if settings.picture_every and self.step % settings.picture_every == 0 and not end:
+                        self._draw()
+                    if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
+                        saved = self._save()
+                stop = self.ranks.any(signals.received)
+            if saved != self.step:
+                self._save()
+        progress.close()
+        done = self.step >= settings.steps
+        if self.ranks.first:
+            self._draw()
+            if done:
+                self._export()
+            self.log.close()
+        return Outcome(self.step, not done, last or (self.log.lines[-1] if self.ranks.first and self.log.lines else {}))
+
+    # ---- one step ----
+
+    def _train_step(self, batches: Iterator[Tensor]) -> None:
+        settings = self.config.train
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for round_ in range(settings.accumulate):
+            pixels = next_pictures(batches).to(self.ranks.device, non_blocking=True)
+            silent = self.ranks.world_size > 1 and round_ < settings.accumulate - 1
+            with self.forward.no_sync() if silent else contextlib.nullcontext():
+                with self._autocast():
+                    out = self.forward(pixels_to_float(pixels))
+                (out.loss / settings.accumulate).backward()
+            self.meter.add(out, len(pixels))
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.model.update_()
+
+    def _autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.bf16)
+
+    def _init_codebooks(self) -> None:
+        """k-means on the latents of the first pictures, the same ones whatever happens later."""
+        settings, data = self.config.train, self.config.data
+        rounds = -(-settings.init_pictures // (data.batch_size * self.ranks.world_size))
+        with self._loader(0) as batches:
+            pixels = torch.cat([next_pictures(batches) for _ in range(rounds)])
+        try:
+            self.model.init_codebooks_(pixels_to_float(pixels.to(self.ranks.device)))
+        except ValueError as error:
+            raise ConfigError(f"the codebook cannot start from k-means: {error}; raise train.init_pictures or set train.init = "
+                              '"none"') from None
+
+    @contextlib.contextmanager
+    def _loader(self, step: int):
+        """Batches of one step after the other; batch n of the run is always the same pictures."""
+        data, settings = self.config.data, self.config.train
+        loader = Loader(self.sources.train, data.batch_size, seed=settings.seed, start_step=step * settings.accumulate,
+                        rank=self.ranks.rank, world_size=self.ranks.world_size, workers=data.workers)
+        with contextlib.closing(iter(loader)) as batches:
+            yield batches
+
+    # ---- what is written ----
+
+    def _write_metrics(self, progress: Progress) -> dict:
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        rate = self.meter.pictures * self.ranks.world_size / max(now - self._clock, 1e-9)
+        self._clock = now
+        line = {"step": self.step, **self.meter.means(self.ranks), "learning_rate": learning_rate(self.config.train, self.step - 1),
+                "pictures_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
+        self.meter.clear()
+        self._require_finite(line["loss"])
+        if self.ranks.first:
+            self.log.append(line)
+            progress.show(line, self.config.train.steps)
+        return line
+
+    @contextlib.contextmanager
+    def _clock_stopped(self):
+        """Time for pictures and checkpoints is no training time."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            kept = checkpoints.list_checkpoints(self.folder / "checkpoints")
+            raise TrainingError(f"the loss is {loss} at step {self.step}, so training stopped. The last checkpoint before is "
+                                f"{kept[-1].name if kept else 'none'}. Try a smaller train.learning_rate, or train.clip_norm = 1.0")
+
+    def _draw(self) -> None:
+        if self.ranks.first:
+            image = draw_report(self.model, self.sources.test, self.log, self.folder, self.step)
+            self.log.picture("reconstruction", image, self.step)
+
+    def _save(self) -> int:
+        """Writes a checkpoint of this step; every process takes part."""
+        broken = not bool(torch.isfinite(self.meter.sums).all())
+        if self.ranks.any(broken):
+            self._require_finite(math.nan)
+        random = {f"random.{rank}": state for rank, state in enumerate(self.ranks.gather(torch.get_rng_state()))}
+        if self.ranks.device.type == "cuda":
+            states = self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device))
+            random |= {f"random.cuda.{rank}": state for rank, state in enumerate(states)}
+        self._require_same_weights()
+        if self.ranks.first:
+            tensors, optimizer = checkpoints.optimizer_to(self.optimizer)
+            tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()} | random
+            tensors["meter.sums"] = self.meter.sums
+            meta = {"step": self.step, "seconds": self.seconds, "meter": self.meter.meta(), "optimizer": optimizer,
+                    "config": self.config.to_dict(), "world_size": self.ranks.world_size, "threads": torch.get_num_threads(),
+                    "torch": torch.__version__, "vqfast": vqfast.__version__}
+            checkpoints.save_checkpoint(self.folder / "checkpoints", tensors, meta, keep=self.config.train.keep)
+        return self.step
+
+    def _export(self) -> None:
+        """Saves the model as its user configured it, for ``from_pretrained``."""
+        model = MODELS[self.config.kind][0](self.config.model)
+        model.load_state_dict(self.model.state_dict())
+        model.save_pretrained(self.folder / "model")
+
+    def _require_same_weights(self) -> None:
+        """All processes must hold the same bits; a difference would only grow."""
+        if self.ranks.world_size > 1:
+            digest = checkpoints.hash_tensors(self.model.state_dict()).encode()
+            votes = self.ranks.gather(torch.frombuffer(bytearray(hashlib.sha256(digest).digest()), dtype=torch.uint8))
+            if any(not torch.equal(vote, votes[0]) for vote in votes):
+                raise TrainingError(f"the processes hold different weights at step {self.step}; this is a bug, please report it")
+
+    def _restore(self, start: Checkpoint) -> None:
+        tensors, meta = start
+        if meta["world_size"] != self.ranks.world_size:
+            raise CheckpointError(f"this run was made by {meta['world_size']} processes and can only go on with as many, "
+                                  f"not with {self.ranks.world_size}")
+        checkpoints.load_model_tensors(self.model, tensors, "the checkpoint")
+        checkpoints.optimizer_from(self.optimizer, tensors, meta["optimizer"])
+        torch.set_rng_state(tensors[f"random.{self.ranks.rank}"])
+        if self.ranks.device.type == "cuda" and f"random.cuda.{self.ranks.rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{self.ranks.rank}"], self.ranks.device)
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.meter.restore(tensors["meter.sums"], meta["meter"])
+        for name, here in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
+            if meta[name] != here:
+                self.say(f"note: the checkpoint was made with {name} {meta[name]}, here it is {here}; training goes on, but its last bits "
+                         "may differ from an uninterrupted run")
+
+
+class Meter:
+    """Running sums of what the model reports; adds on the device, so no step waits for a number."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.keys = device, []
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums, self.rounds, self.pictures = torch.zeros(len(self.keys), dtype=torch.float64, device=self.device), 0, 0
+
+    def add(self, out, pictures: int) -> None:
+        values = {"loss": out.loss, "reconstruction_loss": out.reconstruction_loss}
+        if hasattr(out, "kl"):
+            values["kl"] = out.kl
+        for number, level in enumerate(out.levels):
+            suffix = "" if len(out.levels) == 1 else f"_{number}"
+            values |= {f"commitment_loss{suffix}": level.commitment_loss, f"perplexity{suffix}": level.perplexity,
+                       f"usage{suffix}": level.usage, f"nonfinite{suffix}": level.nonfinite}
+        if not self.keys:
+            self.keys = list(values)
+            self.clear()
+        self.sums += torch.stack([value.detach().double() for value in values.values()])
+        self.rounds, self.pictures = self.rounds + 1, self.pictures + pictures
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        means = ranks.mean(self.sums / max(self.rounds, 1)).tolist()
+        return {key: round(value, 6) for key, value in zip(self.keys, means)}
+
+    def meta(self) -> dict:
+        return {"keys": self.keys, "rounds": self.rounds, "pictures": self.pictures}
+
+    def restore(self, sums: Tensor, meta: dict) -> None:
+        self.keys, self.rounds, self.pictures = meta["keys"], meta["rounds"], meta["pictures"]
+        self.sums = sums.to(self.device)
+
+
+class Signals:
+    """Notes Ctrl-C and SIGTERM instead of dying; a second Ctrl-C ends the process at once."""
+
+    def __enter__(self) -> "Signals":
+        self.received, self._old = False, {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals stay as they are
+            self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def next_pictures(batches: Iterator[Tensor]) -> Tensor:
+    """The next batch; pictures that cannot be used are the user's to put right."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _training_config(model):
+    """The model's configuration with one codebook update per optimizer step, however many forwards that takes."""
+    return dataclasses.replace(model, auto_update=False) if hasattr(model, "auto_update") else model
+
+
+def learning_rate(settings, step: int) -> float:
+    """The learning rate of the step that starts with ``step`` steps done: a pure function, so nothing of it needs saving."""
+    rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
+    if settings.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return rate

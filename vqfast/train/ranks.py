@@ -1,0 +1,95 @@
+"""Where this process computes and which of how many it is. Plain torch.distributed; torchrun starts the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+
+from vqfast.train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process' number, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True in every process when the flag is set in at least one."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """The same-sized tensors of all processes, by rank."""
+        if self.world_size == 1:
+            return [value]
+        value = value.to(self.device)
+        parts = [torch.empty_like(value) for _ in range(self.world_size)]
+        dist.all_gather(parts, value)
+        return parts
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start_ranks(device: str) -> Iterator[Ranks]:
+    """Joins the process group when torchrun started this process, and leaves it at the end.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N. Under torchrun, cuda means the GPU of this process' local rank.
+
+    Raises:
+        ConfigError: the device does not exist here.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
+    if not launched:
+        yield Ranks(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; auto is a GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but PyTorch sees no GPU here; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    return device

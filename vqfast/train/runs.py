@@ -1,0 +1,138 @@
+"""Runs as folders: begin one, go on with one, and find the model in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+import torch
+
+from vqfast.models import load_pretrained
+from vqfast.train import checkpoint as checkpoints
+from vqfast.train.checkpoint import CheckpointError
+from vqfast.train.config import MODELS, Config, ConfigError, config_from, merged, read_json, to_json
+from vqfast.train.log import read_metrics
+from vqfast.train.loop import Outcome, Say, Trainer
+from vqfast.train.ranks import start_ranks
+
+
+def begin_run(values: Mapping[str, Any], folder: Path, *, say: Say = print, watch: Callable | None = None) -> Outcome:
+    """Trains from the first step into a new folder.
+
+    Args:
+        values: nested configuration values, see :func:`~vqfast.train.config.config_from`.
+        folder: must not hold a run yet.
+        watch: called with the :class:`~vqfast.train.loop.Trainer` before the first step.
+
+    Raises:
+        ConfigError: the configuration cannot be used, or the folder already holds a run.
+        TrainingError: training cannot go on.
+    """
+    config = config_from(values)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} already holds a run; go on with it by --resume {folder}, or choose another folder with --out")
+    return _train(config, folder, None, say, watch)
+
+
+def resume_run(folder: Path, overrides: Mapping[str, Any], *, say: Say = print) -> Outcome:
+    """Goes on with the run in a folder, from its newest whole checkpoint; from the start when there is none yet.
+
+    Args:
+        folder: with the ``config.json`` that :func:`begin_run` wrote.
+        overrides: nested values that replace those of the run, such as more steps. The model cannot change.
+
+    Raises:
+        ConfigError, CheckpointError: no run, no whole checkpoint, or a changed model.
+    """
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no run (it has no config.json); nothing to resume")
+    before = config_from(read_json(folder / "config.json"))
+    config = config_from(merged(before.to_dict(), overrides))
+    changes = _differences(before, config)
+    if any(name.startswith("model.") for name in changes):
+        raise ConfigError(f"the model of a run cannot change: {', '.join(changes)}; begin a new run with --out")
+    start, complaints = checkpoints.load_latest(folder / "checkpoints")
+    return _train(config, folder, start, say, None, [*(f"skipped: {text}" for text in complaints), *(f"changed: {c}" for c in changes)])
+
+
+def _train(config: Config, folder: Path, start, say: Say, watch, notes: list[str] | None = None) -> Outcome:
+    with start_ranks(config.train.device) as ranks:
+        talk = say if ranks.first else (lambda text: None)
+        for note in notes or []:
+            talk(note)
+        trainer = Trainer(config, folder, ranks, start=start, say=say)
+        for line in describe(trainer):
+            talk(line)
+        if watch is not None:
+            watch(trainer)
+        outcome = trainer.run()
+        if outcome.interrupted:
+            talk(f"stopped at step {outcome.step} of {config.train.steps}; everything is saved. Go on with:\n"
+                 f"  vqfast train --resume {folder}")
+        return outcome
+
+
+def describe(trainer: Trainer) -> list[str]:
+    """What is about to happen, for people."""
+    import vqfast
+
+    config, ranks = trainer.config, trainer.ranks
+    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
+    lines = [f"run        {trainer.folder}",
+             f"model      {config.kind}, {weights:,} weights"
+             + "".join(f", {q.codebook_size} codes of {q.codebook_dim // q.groups} numbers" for q in trainer.model.quantizers)]
+    lines += [f"data       {config.data.source}, {len(trainer.sources.train):,} pictures, judged on {trainer.sources.test_name}"]
+    threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
+    many = f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
+    lines += [f"device     {ranks.device}{threads}{many}"]
+    if trainer.model.quantizers:
+        codebook = trainer.model.quantizers[0].codebook
+        sample = torch.empty(1, codebook.shape[-1], device=codebook.device)
+        lines += ["quantizer  " + vqfast.explain("nearest", sample, codebook).splitlines()[0]]
+    step = f"from step {trainer.step} " if trainer.step else ""
+    lines += [f"steps      {step}to {config.train.steps}, {config.data.batch_size * config.train.accumulate * ranks.world_size} pictures each"]
+    return lines
+
+
+def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
+    """The model at a path: a run's folder (its newest checkpoint), one checkpoint file, or a folder from ``save_pretrained``.
+
+    Returns:
+        The model in eval mode on the CPU, the run's configuration if there is one, and where the weights came from.
+
+    Raises:
+        ConfigError, CheckpointError, ModelFileError: nothing there, or it is damaged.
+    """
+    if path.is_file():
+        return _from_checkpoint(checkpoints.load_checkpoint(path), str(path))
+    if (path / "checkpoints").is_dir():
+        start, _ = checkpoints.load_latest(path / "checkpoints")
+        if start is not None:
+            return _from_checkpoint(start, f"{path}, step {start.meta['step']}")
+    if (path / "model.safetensors").exists():
+        return load_pretrained(path), None, str(path)
+    if (path / "config.json").exists():
+        raise CheckpointError(f"the run in {path} has no checkpoint yet; let it train longer")
+    raise ConfigError(f"there is no model in {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained"
+                      if path.exists() else f"there is no {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained")
+
+
+def _from_checkpoint(start, source: str) -> tuple[torch.nn.Module, Config, str]:
+    config = config_from(start.meta["config"])
+    model = MODELS[config.kind][0](config.model)
+    checkpoints.load_model_tensors(model, start.tensors, source)
+    return model.eval(), config, source
+
+
+def last_metrics(folder: Path) -> dict:
+    """The newest line of a run's metrics, or {}."""
+    return (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
+
+
+def _differences(before: Config, after: Config) -> list[str]:
+    a, b = before.to_dict(), after.to_dict()
+    return [f"{section}.{key} {a[section].get(key)} -> {value}" for section in b for key, value in b[section].items()
+            if a[section].get(key) != value]
+
+
+__all__ = ["begin_run", "describe", "find_model", "last_metrics", "resume_run", "to_json"]
