@@ -1,0 +1,194 @@
+"""Hints (order, basis, guess) may cost time, never a code: garbage in each of them, alone and together (contract 1)."""
+
+from functools import lru_cache
+
+import cases
+import oracle
+import pytest
+import torch
+from check import METRIC_CODE, METRICS, op, put, run_python, same, same_bits
+
+pytestmark = pytest.mark.quick
+GROUPS, CODES, ROWS, DIM = 2, 700, 150, 24
+BIG = 2**62
+
+
+def plane(rows, seed, dim=DIM, intrinsic=4):
+    """Low intrinsic dimension plus a little noise: the data on which screens and panels pay."""
+    mix = cases.normal(intrinsic, dim, seed=900)
+    return cases.normal(rows, intrinsic, seed=seed) @ mix + 0.05 * cases.normal(rows, dim, seed=seed + 1)
+
+
+@lru_cache(maxsize=None)
+def problem():
+    """x [1, G, N, D] and codes with duplicates, near-duplicates, a NaN code, a huge one, NaN and huge rows."""
+    codebook = torch.stack([plane(CODES, 10), plane(CODES, 20)])
+    codebook[:, 400:500] = codebook[:, 100:200]
+    codebook[:, 650:690] = torch.nextafter(codebook[:, 10:50], torch.tensor(torch.inf))
+    codebook[0, 5], codebook[1, 699] = torch.nan, 1e30
+    x = torch.stack([plane(ROWS, 30), codebook[1, 95:245].nan_to_num(0) + 0.01 * plane(ROWS, 40)])[None]
+    x[0, 0, 3], x[0, 1, 7, 2] = torch.nan, 1e25
+    return x, codebook
+
+
+@lru_cache(maxsize=None)
+def expected(metric):
+    return oracle.nearest(*problem(), metric)
+
+
+def principal(p):
+    x, codebook = problem()
+    centred = codebook.nan_to_num(0).clamp(-10, 10)
+    centred = centred - centred.mean(1, keepdim=True)
+    return torch.linalg.svd(centred, full_matrices=False).Vh[:, :p].contiguous()
+
+
+def permutation(seed):
+    return torch.stack([torch.randperm(CODES, generator=cases.generator(seed + g)) for g in range(GROUPS)])
+
+
+def indices_filled(value, *shape):
+    return torch.full(shape, value, dtype=torch.int64)
+
+
+def near_miss():
+    """A permutation but for one repeated entry in the last group: the check must be per group, and complete."""
+    order = permutation(5)
+    order[1, -1] = order[1, 0]
+    return order
+
+
+ORDERS = {
+    "identity": lambda: torch.arange(CODES).repeat(GROUPS, 1),
+    "reversed": lambda: torch.arange(CODES).flip(0).repeat(GROUPS, 1),
+    "random": lambda: permutation(1),
+    "strided": lambda: permutation(2).T.contiguous().T,
+    "one_repeated": near_miss,
+    "all_zero": lambda: indices_filled(0, GROUPS, CODES),
+    "shifted_by_one": lambda: torch.arange(1, CODES + 1).repeat(GROUPS, 1),
+    "negative": lambda: -permutation(3) - 1,
+    "enormous": lambda: permutation(4) + BIG,
+    "wraps_in_32_bits": lambda: permutation(4) + 2**32,
+    "lowest": lambda: indices_filled(-(2**63), GROUPS, CODES),
+}
+BASES = {
+    "principal_1": lambda: principal(1),
+    "principal_4": lambda: principal(4),
+    "principal_all": lambda: principal(DIM),
+    "orthonormal": lambda: torch.linalg.qr(cases.normal(GROUPS, DIM, 8, seed=50)).Q.mT,
+    "orthonormal_strided": lambda: torch.linalg.qr(cases.normal(GROUPS, DIM, 8, seed=51)).Q.mT[:, ::2],
+    "slightly_long": lambda: principal(4) * 1.01,
+    "slightly_oblique": lambda: principal(4) + 1e-3 * cases.normal(GROUPS, 4, DIM, seed=52),
+    "twice_the_same": lambda: principal(1).repeat(1, 2, 1),
+    "random": lambda: cases.normal(GROUPS, 5, DIM, seed=53),
+    "more_than_d": lambda: cases.normal(GROUPS, DIM + 3, DIM, seed=54),
+    "empty": lambda: torch.zeros(GROUPS, 0, DIM),
+    "zero": lambda: torch.zeros(GROUPS, 4, DIM),
+    "nan": lambda: torch.full((GROUPS, 4, DIM), torch.nan),
+    "one_nan": lambda: principal(4).index_fill(2, torch.tensor([DIM - 1]), torch.nan),
+    "inf": lambda: torch.full((GROUPS, 4, DIM), torch.inf),
+    "huge": lambda: principal(4) * 1e30,
+    "tiny": lambda: principal(4) * 1e-30,
+}
+GUESSES = {
+    "right": lambda: expected("l2").indices,
+    "all_zero": lambda: indices_filled(0, 1, GROUPS, ROWS),
+    "last": lambda: indices_filled(CODES - 1, 1, GROUPS, ROWS),
+    "random": lambda: torch.randint(0, CODES, (1, GROUPS, ROWS), generator=cases.generator(6)),
+    "a_nan_code": lambda: indices_filled(5, 1, GROUPS, ROWS),
+    "minus_one": lambda: indices_filled(-1, 1, GROUPS, ROWS),
+    "k": lambda: indices_filled(CODES, 1, GROUPS, ROWS),
+    "enormous": lambda: indices_filled(BIG, 1, GROUPS, ROWS),
+    "wraps_in_32_bits": lambda: indices_filled(2**32 + 3, 1, GROUPS, ROWS),
+    "lowest": lambda: indices_filled(-(2**63), 1, GROUPS, ROWS),
+    "expanded": lambda: torch.tensor(17).expand(1, GROUPS, ROWS),
+}
+
+
+def verify(backend, order=None, basis=None, guess=None, metric="l2"):
+    found = op("nearest", backend)(*put(backend, *problem()), METRIC_CODE[metric], *put(backend, order, basis, guess))
+    same(found[1], expected(metric).indices, "indices"), same(found[0], expected(metric).distance, "distance")
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_order(backend, name):
+    verify(backend, order=ORDERS[name]())
+    verify(backend, order=ORDERS[name](), basis=principal(4))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_basis(backend, name):
+    verify(backend, basis=BASES[name]())
+    verify(backend, order=permutation(7), basis=BASES[name]())
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_guess(backend, name):
+    verify(backend, guess=GUESSES[name]())
+    verify(backend, order=permutation(8), basis=principal(4), guess=GUESSES[name]())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("seed", range(6))
+def test_all_three(backend, seed, metric):
+    pick = [list(table.values())[seed * 7 % len(table)]() for table in (ORDERS, BASES, GUESSES)]
+    verify(backend, *pick, metric)
+
+
+def test_quantize_gives_the_same_bits_with_and_without_hints(backend):
+    x, codebook = problem()
+    mask = torch.arange(ROWS)[None] % 5 > 0
+    inputs = (*put(backend, x, codebook, mask), 0, True)
+    plain = op("quantize", backend)(*inputs, None, None, None)
+    for order, basis, guess in ((permutation(9), principal(4), expected("l2").indices),
+                                (ORDERS["one_repeated"](), BASES["nan"](), GUESSES["enormous"]())):  # fmt: skip
+        hinted = op("quantize", backend)(*inputs, *put(backend, order, basis, guess))
+        for at, (again, before) in enumerate(zip(hinted, plain)):
+            same_bits(again, before, f"output {at}")
+
+
+def test_hints_on_larger_codebooks_keep_the_code(backend):
+    """Sizes at which a pruned search may take another road than at a few hundred codes."""
+    x, codebook = plane(60, 60, dim=32)[None, None], plane(6000, 70, dim=32)[None]
+    codebook[0, 3000:] = codebook[0, :3000]  # every answer has a twin
+    wanted = oracle.nearest(x, codebook)
+    basis = torch.linalg.svd(codebook[0] - codebook[0].mean(0), full_matrices=False).Vh[None, :6].contiguous()
+    order = torch.randperm(6000, generator=cases.generator(71))[None]
+    for hints in ((None, None, None), (order, basis, wanted.indices), (order, basis, wanted.indices + 3000)):
+        found = op("nearest", backend)(*put(backend, x, codebook), 0, *put(backend, *hints))
+        same(found[1], wanted.indices), same(found[0], wanted.distance)
+
+
+MISSHAPEN = """
+import os, sys
+os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch, vqfast, oracle
+backend = sys.argv[1]
+x, codebook = torch.randn(2, 2, 30, 6), torch.randn(2, 40, 6)
+wanted = oracle.nearest(x, codebook).indices
+right = {"order": torch.arange(40).repeat(2, 1), "basis": torch.eye(6)[:3].repeat(2, 1, 1), "guess": wanted}
+wrong = {
+    "order": [torch.arange(40), torch.arange(41).repeat(2, 1), torch.arange(3).repeat(2, 1), torch.zeros(0, dtype=torch.int64),
+              torch.arange(40).repeat(1, 1), right["order"].float(), right["order"].int(), torch.tensor(0)],
+    "basis": [torch.eye(6), torch.eye(7)[:3].repeat(2, 1, 1), torch.eye(5)[:3].repeat(2, 1, 1), torch.zeros(0),
+              torch.eye(6)[:3].repeat(1, 1, 1), right["basis"].double(), right["basis"].half(), torch.tensor(0.0)],
+    "guess": [wanted[0], wanted[..., :5], wanted.repeat(1, 1, 2), torch.zeros(0, dtype=torch.int64), wanted[:, :1],
+              wanted.float(), wanted.int(), torch.tensor(0)],
+}
+for name, values in wrong.items():
+    for at, value in enumerate(values):
+        hints = {**right, name: value}
+        print(name, at, tuple(value.shape), value.dtype, flush=True)
+        try:
+            found = getattr(torch.ops.vqfast, "nearest_" + backend)(x, codebook, 0, hints["order"], hints["basis"], hints["guess"])
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        assert torch.equal(found[1], wanted), "a hint cost a code"
+"""
+
+
+def test_misshapen_hints_are_refused_or_ignored(backend):
+    """Straight at the border, where no Python check stands: an error or the right codes, never a crash."""
+    if put(backend, torch.empty(0)).is_cuda:
+        pytest.skip("an illegal access would take the device's context with it; the CPU runs share the check")
+    run_python(MISSHAPEN, backend)
