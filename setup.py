@@ -137,7 +137,7 @@ def warning_flags() -> list[str]:
 
 
 def cpu_steps(tools: Tools, build: Path, library: Path) -> list[Step]:
-    sources = [CSRC / "register_cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = sorted([*CSRC.glob("register_cpu*.cpp"), *CSRC.glob("cpu/*.cpp")])
     flags = [*CXX_FLAGS, *warning_flags(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}", *tools.torch_include]
     if not IS_X86:
         sources = [source for source in sources if not source.stem.endswith(tuple(SIMD_FLAGS))]
@@ -150,7 +150,7 @@ def cpu_steps(tools: Tools, build: Path, library: Path) -> list[Step]:
 
 
 def cuda_steps(tools: Tools, build: Path, library: Path) -> list[Step]:
-    sources = [CSRC / "register_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = sorted([*CSRC.glob("register_cuda*.cpp"), *CSRC.glob("cuda/*.cu")])
     host = ["-fPIC", *EXACT, "-fvisibility=hidden", "-Wall"]
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{CSRC}"]
     flags += [*tools.torch_include, *cuda_arch_flags(tools.nvcc), f"-Xcompiler={','.join(host)}"]
