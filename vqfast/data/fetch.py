@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -266,7 +267,7 @@ def unpack(archive: Path, members: dict[str, str], folder: Path) -> None:
                     raise DataError(f"{archive.name} holds {path!r} of {size} bytes, which cannot be right")
                 with open(folder / name, "wb") as file, stream() as source:
                     shutil.copyfileobj(source, file, 1 << 20)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{archive.name} cannot be unpacked: {error}") from None
 
 

@@ -159,6 +159,8 @@ class PixelBlock(nn.Module):
         self.causal = CausalConv2d(half, half, kernel_size)
         self.widen = nn.Conv2d(half, channels, 1)
         self.classes = nn.Embedding(classes, half) if classes else None
+        if classes:
+            nn.init.normal_(self.classes.weight, std=0.02)
         self.condition = nn.Conv2d(condition_channels, half, 1, bias=False) if condition_channels else None
 
     def forward(self, x: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:

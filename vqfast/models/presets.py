@@ -102,7 +102,7 @@ _ALL = (
         "photos",
         "For a folder of photographs, or the embedded ones: 64-pixel crops at full resolution, codes that die are "
         "replaced.",
-        VQVAEConfig(hidden=96, revive_below=0.1),
+        VQVAEConfig(hidden=96, revive_below=0.1, data_variance=0.069),
         TrainingSettings("photographs", size=64, flip=True, steps=2_000, batch_size=16, learning_rate=1e-3),
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Decoder, Encoder
-from .likelihood import Likelihood
+from .likelihood import NATURAL_VARIANCE, Likelihood
 from .pretrained import PretrainedModel
 from .vqvae import BitsPerDim, check_pictures, check_settings
 
@@ -36,7 +36,7 @@ class VAEConfig:
     stages: int = 2
     dim: int = 64
     likelihood: str = "discretized_logistic"
-    data_variance: float = 1.0
+    data_variance: float = NATURAL_VARIANCE
     scale: str | float = "learned"
 
     def __post_init__(self) -> None:

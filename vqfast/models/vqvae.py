@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn import VectorQuantizer, VectorQuantizerEMA
 from ..ops.quantize import Quantized
 from .blocks import Decoder, Encoder
-from .likelihood import LIKELIHOODS, Likelihood
+from .likelihood import LIKELIHOODS, NATURAL_VARIANCE, Likelihood
 from .pretrained import PretrainedModel
 
 
@@ -90,7 +90,8 @@ class VQVAEConfig:
         decay, eps, rule: of the moving averages; rule "debiased" is Sonnet's. Unused by "loss".
         revive_below: codes whose cluster size falls under it are replaced by encoder outputs; 0 turns that off.
         auto_update: the codebook moves in every training forward; False when the trainer calls `update_()` itself.
-        likelihood, data_variance, scale: see `Likelihood`.
+        likelihood, data_variance, scale: see `Likelihood`. The default variance is about that of natural pictures, and
+            puts the squared error on a par with the quantizer's losses.
     """
 
     in_channels: int = 3
@@ -110,7 +111,7 @@ class VQVAEConfig:
     revive_below: float = 0.0
     auto_update: bool = True
     likelihood: str = "mse"
-    data_variance: float = 1.0
+    data_variance: float = NATURAL_VARIANCE
     scale: str | float = "learned"
 
     def __post_init__(self) -> None:
