@@ -1,0 +1,133 @@
+"""kmeans: Lloyd's algorithm on the exact search, deterministic, with no lost codes (contract 3, 4, 7)."""
+
+import cases
+import oracle
+import pytest
+import torch
+from check import ULP, close, put, same, same_bits
+
+import vqfast
+
+FAMILY = "ema"  # nearest and code_stats together; every backend with statistics has the search
+
+
+def blobs(clusters=8, each=40, dim=6, seed=1):
+    """Well separated clusters: centres about 100 apart, rows within a few units of them."""
+    centres = 100 * cases.integers(clusters, dim, seed=seed, low=-9, high=9)
+    owner = torch.arange(clusters).repeat(each)
+    return centres[owner] + cases.normal(clusters * each, dim, seed=seed + 1), owner
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_result_is_consistent(backend, init):
+    x = cases.normal(300, 5, seed=2)
+    found = vqfast.kmeans(put(backend, x), 20, init=init, backend=backend)
+    wanted = oracle.nearest(x, found.codebook.cpu())
+    assert found.codebook.shape == (20, 5) and found.codebook.dtype == torch.float32
+    same(found.indices, wanted.indices)
+    mean = wanted.distance.double().mean()  # each distance was rounded once
+    close(found.inertia, mean, 2 * ULP * mean)
+
+
+@pytest.mark.quick
+def test_k_means_plus_plus_finds_separated_clusters(backend):
+    """Each new seed falls into an uncovered cluster with probability > 1 - 1e-3, so all eight are found."""
+    x, owner = blobs()
+    found = vqfast.kmeans(put(backend, x), 8, init="k-means++", backend=backend)
+    pairs = {(int(o), int(i)) for o, i in zip(owner, found.indices.cpu())}
+    assert len(pairs) == 8, "one code per cluster, one cluster per code"
+    for o, i in pairs:
+        mean = x[owner == o].double().mean(0)
+        close(found.codebook[i], mean, (40 + 2) * ULP * x[owner == o].double().abs().mean(0))
+
+
+@pytest.mark.quick
+def test_start_is_rows_and_one_step_is_their_means(backend):
+    x = cases.normal(200, 4, seed=3)
+    start = vqfast.kmeans(put(backend, x), 10, iterations=0, seed=5, backend=backend).codebook.cpu()
+    rows = {tuple(r) for r in x.tolist()}
+    assert all(tuple(c) in rows for c in start.tolist()) and len({tuple(c) for c in start.tolist()}) == 10
+    after = vqfast.kmeans(put(backend, x), 10, iterations=1, seed=5, backend=backend).codebook
+    indices = oracle.nearest(x, start).indices
+    sums, counts = oracle.code_stats(x[None, None], indices[None, None], 10)
+    mean = sums[0] / counts[0][:, None]  # each start is its own nearest row, so no code is empty
+    spread = oracle.sums_bound(x[None, None], indices[None, None], 10)[0] / counts[0][:, None]
+    close(after, mean, spread + 2 * ULP * mean.abs())
+
+
+@pytest.mark.quick
+def test_inertia_never_grows(backend):
+    x = cases.normal(400, 3, seed=4)
+    inertia = [float(vqfast.kmeans(put(backend, x), 15, iterations=i, backend=backend).inertia) for i in (0, 1, 2, 3, 5, 9, 20)]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(inertia, inertia[1:])), inertia
+    assert inertia[-1] < inertia[0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_same_seed_same_bits_for_any_thread_count(backend, init, set_threads):
+    x = put(backend, cases.normal(3000, 6, seed=6))
+
+    def run(count, seed):
+        set_threads(count)
+        return vqfast.kmeans(x, 25, iterations=4, init=init, seed=seed, backend=backend)
+
+    first = run(1, 7)
+    for count in (1, 2, 3):
+        again = run(count, 7)
+        same_bits(again.codebook, first.codebook, f"{count} threads"), same_bits(again.indices, first.indices)
+    assert not torch.equal(run(1, 8).codebook, first.codebook), "another seed starts elsewhere"
+
+
+def test_global_generator_is_left_alone(backend):
+    """Initialising a layer must not shift a training run's random numbers."""
+    x = put(backend, cases.normal(60, 3))
+    state = torch.random.get_rng_state()
+    vqfast.kmeans(x, 5, backend=backend), vqfast.kmeans(x, 5, init="k-means++", backend=backend)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.quick
+def test_nonfinite_rows_are_left_out(backend):
+    x = cases.normal(80, 4, seed=9)
+    dirty = torch.cat([x[:30], torch.full((3, 4), torch.nan), x[30:], torch.tensor([[0.0, torch.inf, 0, 0]])])
+    ours, clean = (vqfast.kmeans(put(backend, t), 9, seed=1, backend=backend) for t in (dirty, x))
+    assert torch.isfinite(ours.codebook).all() and ours.indices.shape == (80,)
+    same(ours.indices, oracle.nearest(x, ours.codebook.cpu()).indices)
+    assert torch.isfinite(torch.as_tensor(clean.inertia))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_fewer_distinct_rows_than_codes(backend, init):
+    """k-means++ has no distance left to draw by, and most codes lose all rows."""
+    x = cases.integers(3, 4, seed=10).repeat(20, 1)
+    found = vqfast.kmeans(put(backend, x), 10, init=init, backend=backend)
+    assert torch.isfinite(found.codebook).all() and float(found.inertia) == 0
+
+
+@pytest.mark.quick
+def test_as_many_codes_as_rows(backend):
+    x = cases.normal(17, 3, seed=11)
+    found = vqfast.kmeans(put(backend, x), 17, backend=backend)
+    assert float(found.inertia) == 0 and found.indices.unique().numel() == 17
+
+
+@pytest.mark.quick
+def test_low_precision_and_strided_rows(backend):
+    x = cases.normal(2, 24, 6, seed=12)
+    plain = vqfast.kmeans(put(backend, x.bfloat16().float()), 7, backend=backend)
+    for name, view in cases.views(x.bfloat16()).items():
+        found = vqfast.kmeans(put(backend, view), 7, backend=backend)
+        same(found.codebook, plain.codebook, name)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("x, k, options", [
+    (torch.ones(3, 2), 4, {}), (torch.full((5, 2), torch.nan), 1, {}), (torch.ones(0, 2), 1, {}), (torch.ones(5, 2), 0, {}),
+    (torch.ones(5, 2), 2, {"init": "farthest"}), (torch.ones(5, 2), 2, {"iterations": -1}), (torch.ones(5, 2).long(), 2, {}),
+], ids=["too_few", "none_finite", "no_rows", "k_zero", "init", "iterations", "int64"])  # fmt: skip
+def test_wrong_input(x, k, options):
+    with pytest.raises((ValueError, TypeError)):
+        vqfast.kmeans(x, k, **options)
