@@ -89,7 +89,7 @@ def class_vector(embedding: nn.Embedding, label: Tensor) -> Tensor:
 
 
 class GatedResidual(nn.Module):
-    """x + glu(W_2 elu(W_1 * elu(x) + W_a elu(aux)) + e), the gated residual block of PixelSNAIL.
+    """x + glu(W_2 elu(W_1 * elu(x) + W_a aux) + e), the gated residual block of PixelSNAIL.
 
     W_1 is causal (mask B) of any kernel size, W_2 and W_a are 1 x 1; e as in `GatedLayer`, on the gated sum.
 
@@ -113,7 +113,7 @@ class GatedResidual(nn.Module):
     def forward(self, x: Tensor, aux: Tensor | None = None, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         y = self.widen(F.elu(x))
         if self.aux is not None:
-            y = y + self.aux(F.elu(aux))
+            y = y + self.aux(aux)
         y = self.narrow(self.dropout(F.elu(y)))
         if self.condition is not None:
             y = y + self.condition(condition)
@@ -173,7 +173,7 @@ class ConditionStack(nn.Module):
 
 
 class _ConditionBlock(nn.Module):
-    """x + glu(conv3x3(elu(conv3x3(elu(x))))): a gated residual block that sees all sides."""
+    """x + glu(conv3x3(relu(conv3x3(relu(x))))): a gated residual block that sees all sides."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -181,4 +181,4 @@ class _ConditionBlock(nn.Module):
         self.second = nn.Conv2d(channels, 2 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + gated_activation(self.second(F.elu(self.first(F.elu(x)))), kind="glu")
+        return x + gated_activation(self.second(F.relu(self.first(F.relu(x)))), kind="glu")

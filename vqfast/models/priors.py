@@ -95,6 +95,10 @@ class CodePrior(PretrainedModel):
         """Codes of the level above -> spatial condition [B, condition_channels, H, W]; None for None."""
         return None if condition is None else self.condition_stack(condition)
 
+    def spatial_inputs(self, features: Tensor | None, count: int, height: int, width: int) -> Tensor | None:
+        """What the sampler's program reads at each position: [B, H, W, channels] float32, or None. features as above."""
+        return None if features is None else features.detach().float().movedim(1, -1).contiguous()
+
     # ---- likelihood ----
 
     def loss(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:

@@ -1,0 +1,176 @@
+"""A network as a program of the incremental sampler: which sums go by rows, which by positions, over which buffers.
+
+The words are those of `vqfast/ops/sample.py`. Weights are packed [panel][tap, channel][64 outputs], in the order in which a
+chain of multiply-adds consumes them; a gated panel holds 32 outputs and the 32 that gate them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+from vqfast.ops import sample as words
+
+from .prior_blocks import CausalConv2d
+
+Tap = tuple[int, int, int, Tensor]  # buffer, dy, dx, weight [outputs, channels]
+
+_EPILOGUES = {"none": 0, "relu": 1, "elu": 2, "gate": 3, "glu": 4}
+_PHASES = {"row": 0, "pixel": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the sampler runs.
+
+    Attributes:
+        words: int64 [n], buffers and instructions.
+        weights: float32 [m], tables and packed weights.
+        codebook_size, classes, condition_channels: what its inputs must look like.
+    """
+
+    words: Tensor
+    weights: Tensor
+    codebook_size: int
+    classes: int
+    condition_channels: int
+
+    def to(self, device: torch.device | str) -> Program:
+        return dataclasses.replace(self, words=self.words.to(device), weights=self.weights.to(device))
+
+    def digest(self) -> str:
+        """sha256 over words and weights: two programs with one digest give the same bits."""
+        digest = hashlib.sha256()
+        for tensor in (self.words, self.weights):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class ProgramBuilder:
+    """Collects instructions; `finish` gives every buffer the rows and margins that its taps need."""
+
+    def __init__(self, codebook_size: int, classes: int, condition_channels: int):
+        self.codebook_size, self.classes, self.condition_channels = codebook_size, classes, condition_channels
+        self._buffers: list[list[int]] = []
+        self._code: list[list[int]] = []
+        self._weights: list[Tensor] = []
+        self._size = 0
+        self._logits = -1
+        self.condition = -1
+        if condition_channels:
+            self.condition = self.ring(condition_channels)
+            self._code.append([words.CONDITION, 0, self.condition])
+
+    # ---- buffers and weights ----
+
+    def ring(self, channels: int) -> int:
+        """A buffer of activations that keeps as many rows as its taps reach up."""
+        self._buffers.append([0, channels, 1, 0, 0])
+        return len(self._buffers) - 1
+
+    def channels(self, buffer: int) -> int:
+        return self._buffers[buffer][1]
+
+    def _cache(self, heads: int, key: int, value: int) -> int:
+        self._buffers.append([1, heads, key, value, 0])
+        return len(self._buffers) - 1
+
+    def _store(self, tensor: Tensor) -> int:
+        """Offset of the tensor's float32 values in the weights, aligned to 16 floats."""
+        flat = tensor.detach().to(torch.float32).reshape(-1)
+        pad = -flat.numel() % 16
+        self._weights.append(torch.cat([flat, flat.new_zeros(pad)]) if pad else flat)
+        offset, self._size = self._size, self._size + flat.numel() + pad
+        return offset
+
+    def taps(self, buffer: int, weight: Tensor, top: int = 0, left: int = 0) -> list[Tap]:
+        """Taps of a torch kernel [outputs, channels, kh, kw] in raster order, its corner at (top, left) from the position."""
+        kh, kw = weight.shape[2:]
+        return [(buffer, top + i, left + j, weight[:, :, i, j]) for i in range(kh) for j in range(kw)]
+
+    # ---- instructions ----
+
+    def embed(self, table: Tensor) -> int:
+        """A buffer with the embedding of the codes so far. table [K, channels]."""
+        out, offset = self.ring(table.shape[1]), self._store(table)
+        self._code += [[words.EMBED, phase, table.shape[1], offset, out] for phase in (0, 1)]
+        return out
+
+    def conv(
+        self, phase: str, taps: list[Tap], *, bias: Tensor | None = None, init: int | None = None, classes: Tensor | None = None,
+        epilogue: str = "none", out: int | None = None, raw: int | None = None, residual: int | None = None,
+        act: int | None = None, act_kind: str = "relu",
+    ) -> None:
+        """out = epilogue(start + sum over taps) (+ residual); start is bias (+ class row), or the buffer `init`.
+
+        `raw` also keeps the sum before the epilogue, `act` a relu or elu of `out`.
+        """
+        outputs = taps[0][3].shape[0]
+        for buffer, dy, dx, weight in taps:
+            self._reach(buffer, dy, dx)
+            assert weight.shape[0] == outputs and dy <= 0
+        start = [1, init] if init is not None else [0, self._store(torch.zeros(outputs) if bias is None else bias)]
+        table = -1 if classes is None else self._store(classes)
+        packed = self._store(pack(torch.cat([t[3].detach().cpu() for t in taps], dim=1), gated=epilogue in ("gate", "glu")))
+        optional = [-1 if buffer is None else buffer for buffer in (out, raw, residual, act)]
+        code = [words.CONV, _PHASES[phase], outputs, _EPILOGUES[epilogue], *start, table, packed, *optional, _EPILOGUES[act_kind]]
+        code.append(len(taps))
+        for buffer, dy, dx, weight in taps:
+            code += [buffer, dy, dx, weight.shape[1]]
+        self._code.append(code)
+
+    def causal(self, buffer: int, layer: CausalConv2d, *, extra: list[Tap] | None = None, **options) -> None:
+        """A causal convolution: the taps above the row go by rows, the taps in it by positions; one chain all the same.
+
+        `extra` taps (a condition or auxiliary features) come last in the chain.
+        """
+        rest = self.taps(buffer, layer.row.weight, 0, -layer.reach) + (extra or [])
+        if layer.above is None:
+            return self.conv("pixel", rest, bias=layer.row.bias, **options)
+        start = self.ring(layer.row.out_channels)
+        self.conv("row", self.taps(buffer, layer.above.weight, -layer.reach, -layer.reach), bias=layer.row.bias, out=start)
+        return self.conv("pixel", rest, init=start, **options)
+
+    def relu_of(self, buffer: int) -> int:
+        """Makes the instruction that wrote `buffer` last also write its relu; returns where."""
+        act = self.ring(self._buffers[buffer][1])
+        code = next(c for c in reversed(self._code) if c[0] == words.CONV and c[8] == buffer)
+        code[11], code[12] = act, _EPILOGUES["relu"]
+        return act
+
+    def attend(self, q: int, k: int, v: int, heads: int) -> int:
+        key, value = self._buffers[q][1] // heads, self._buffers[v][1] // heads
+        out, cache = self.ring(heads * value), self._cache(heads, key, value)
+        scale = self._store(torch.tensor([key**-0.5]))
+        self._code.append([words.ATTEND, 1, heads, key, value, q, k, v, out, cache, scale])
+        return out
+
+    def logits(self, taps: list[Tap], bias: Tensor) -> None:
+        self._logits = self.ring(self.codebook_size)
+        self.conv("pixel", taps, bias=bias, out=self._logits)
+
+    def finish(self) -> Program:
+        stream = [words.VERSION, len(self._buffers), len(self._code), self.codebook_size, self._logits, self.classes]
+        stream += [self.condition_channels, *(n for b in self._buffers for n in b), *(n for c in self._code for n in c)]
+        weights = torch.cat(self._weights).contiguous()
+        sizes = (self.codebook_size, self.classes, self.condition_channels)
+        return Program(torch.tensor(stream, dtype=torch.int64), weights, *sizes)
+
+    def _reach(self, buffer: int, dy: int, dx: int) -> None:
+        b = self._buffers[buffer]
+        b[2], b[3], b[4] = max(b[2], 1 - dy), max(b[3], -dx), max(b[4], dx)
+
+
+def pack(weight: Tensor, gated: bool) -> Tensor:
+    """[outputs, depth] -> [panels, depth, 64]; see the module's first lines."""
+    outputs, depth = weight.shape
+    parts = 2 if gated else 1
+    columns = words.PANEL // parts
+    per_part = outputs // parts
+    panels = -(-per_part // columns)
+    padded = weight.new_zeros(parts, panels * columns, depth)
+    padded[:, :per_part] = weight.reshape(parts, per_part, depth)
+    return padded.reshape(parts, panels, columns, depth).permute(1, 3, 0, 2).reshape(panels, depth, words.PANEL)
