@@ -11,7 +11,8 @@
 #include "cpu/masked_conv.h"
 #include "cpu/sample.h"
 
-extern "C" int vqfast_cpu_level();
+// Exported by register_cpu.cpp; a declaration without the attribute would hide it.
+extern "C" __attribute__((visibility("default"))) int vqfast_cpu_level();
 
 namespace {
 
