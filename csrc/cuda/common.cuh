@@ -1,7 +1,8 @@
 // What all CUDA kernels share: thin wrappers of intrinsics, element types, strided views, launches.
 //
 // Under nvcc the wrappers are the intrinsics. Under VQFAST_EXECUTOR the same source is plain C++ that csrc/testing/executor.h
-// runs on a CPU. Kernels use nothing of CUDA but these wrappers, threadIdx, blockIdx, blockDim and gridDim.
+// runs on a CPU. Kernels use nothing of CUDA but these wrappers, threadIdx, blockIdx, blockDim and gridDim. The views also compile
+// as host C++, for register_cuda.cpp.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +24,48 @@ constexpr u32 kFullWarp = 0xFFFFFFFFu;
 
 enum DType : int { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
 enum Metric : int { kL2 = 0, kCosine = 1, kDot = 2 };
+
+__host__ __device__ inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// ---- views: strides in elements, any sign, 64-bit ---------------------------------------------------------------------------
+
+struct Rows {  // [B, G, N, D]; "row r of group g" is batch r / N, position r % N
+  const void* data;
+  int dtype;
+  i64 batch, groups, count, dim;
+  i64 stride_b, stride_g, stride_n, stride_d;
+
+  __host__ __device__ i64 rows() const { return batch * count; }  // of one group
+  __device__ i64 base(i64 group, i64 row) const {
+    return (row / count) * stride_b + group * stride_g + (row % count) * stride_n;
+  }
+  // Where the row stands in a contiguous [B, G, N] tensor.
+  __device__ i64 place(i64 group, i64 row) const { return ((row / count) * groups + group) * count + row % count; }
+  // Neighbouring threads should take neighbouring rows instead of neighbouring components (channels-first images).
+  __host__ __device__ bool rows_adjacent() const { return stride_n == 1 && stride_d != 1; }
+};
+
+struct Index {  // [B, G, N] int64
+  const i64* data;
+  i64 batch, groups, count;
+  i64 stride_b, stride_g, stride_n;
+
+  __host__ __device__ i64 rows() const { return batch * count; }  // of one group
+  __device__ i64 at(i64 group, i64 row) const {
+    return data[(row / count) * stride_b + group * stride_g + (row % count) * stride_n];
+  }
+};
+
+struct Codes {  // [G, K, D]
+  const void* data;
+  int dtype;
+  i64 groups, size, dim;
+  i64 stride_g, stride_k, stride_d;
+
+  __device__ i64 base(i64 group, i64 code) const { return group * stride_g + code * stride_k; }
+};
+
+#if defined(__CUDACC__) || defined(VQFAST_EXECUTOR)
 
 // ---- elements: every value is taken exactly ---------------------------------------------------------------------------------
 
@@ -50,33 +93,6 @@ __device__ __forceinline__ void store(void* data, int dtype, i64 offset, double 
 __device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= 3.40282347e38f; }
 __device__ __forceinline__ bool is_finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
 
-// ---- views: strides in elements, any sign, 64-bit ---------------------------------------------------------------------------
-
-struct Rows {  // [B, G, N, D]; "row r of group g" is batch r / N, position r % N
-  const void* data;
-  int dtype;
-  i64 batch, groups, count, dim;
-  i64 stride_b, stride_g, stride_n, stride_d;
-
-  __host__ __device__ i64 rows() const { return batch * count; }  // of one group
-  __device__ i64 base(i64 group, i64 row) const {
-    return (row / count) * stride_b + group * stride_g + (row % count) * stride_n;
-  }
-  // Where the row stands in a contiguous [B, G, N] tensor.
-  __device__ i64 place(i64 group, i64 row) const { return ((row / count) * groups + group) * count + row % count; }
-  // Neighbouring threads should take neighbouring rows instead of neighbouring components (channels-first images).
-  __host__ __device__ bool rows_adjacent() const { return stride_n == 1 && stride_d != 1; }
-};
-
-struct Codes {  // [G, K, D]
-  const void* data;
-  int dtype;
-  i64 groups, size, dim;
-  i64 stride_g, stride_k, stride_d;
-
-  __device__ i64 base(i64 group, i64 code) const { return group * stride_g + code * stride_k; }
-};
-
 // ---- small collectives ------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -85,6 +101,6 @@ __device__ __forceinline__ T warp_sum(T value) {  // a fixed tree: the same bits
   return value;
 }
 
-__host__ __device__ inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+#endif
 
 }  // namespace vq

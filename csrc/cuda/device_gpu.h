@@ -7,13 +7,6 @@ namespace vq {
 
 // ---- launch: on the caller's stream, nothing waits, nothing is allocated ----------------------------------------------------
 
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... args) {
-  if (shared_bytes > (48 << 10))
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
-}
-
 // nullptr, or what went wrong with a launch since the last call.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
@@ -24,6 +17,15 @@ inline int multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
+}
+
+#ifdef __CUDACC__
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... args) {
+  if (shared_bytes > (48 << 10))
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
 }
 
 // Static shared memory, one struct per kernel.
@@ -105,5 +107,7 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+#endif  // __CUDACC__
 
 }  // namespace vq

@@ -1,0 +1,50 @@
+// nearest on CUDA: what the launchers take. Torch-free.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace vq {
+
+struct Mask {  // [B, N] bool, true = valid; data may be nullptr: all valid
+  const unsigned char* data;
+  i64 stride_b, stride_n;
+};
+
+// What one search needs beside its inputs and outputs; all of it lies in one block of device memory that the caller brings.
+// R = B N rows per group, S = parts into which the codes are split. O(N + K D) bytes.
+struct NearestSpace {
+  float* centre;             // [G, D] subtracted from both sides; any value is right, a good one makes the screen sharp
+  float* codes;              // [G, K, D] centred codes (cosine: of length 1 before centring), rounded to float32
+  float* half_norm;          // [G, K] |code|^2 / 2, less the bound's share (l2), or 0; +inf: never a candidate of the screen
+  float* length;             // [G, K] upper bound of the centred code's length
+  double* code_norm;         // [G, K] cosine: sqrt(sum c^2) as the contract computes it
+  unsigned char* state;      // [G, K] CodeState
+  int* bucket;               // [G, buckets] lowest code of each hash: finds duplicates
+  int* first_code;           // [G] lowest code that may be chosen
+  int* wild_codes;           // [G] how many are kWild
+  unsigned long long* open;  // [G] how many rows the screen could not settle
+  float* row_length;         // [G, R] upper bound of |x - centre|; NaN: a row that is not finite; -1: masked
+  float* best;               // [S, G, R] smallest lower bound of a score
+  float* second;             // [S, G, R] second smallest
+  int* best_code;            // [S, G, R]
+  i64* open_row;             // [G, R] rows that the screen could not settle, in any order
+  float* open_limit;         // [G, R] no code whose lower bound lies above this can win
+  i64 buckets;
+  int splits;
+};
+
+struct NearestProblem {
+  Rows x;
+  Codes codebook;
+  Mask mask;
+  int metric;
+  float* distance;  // [B, G, N] contiguous
+  i64* indices;     // [B, G, N] contiguous; -1 where masked
+};
+
+// Bytes that `nearest` needs; also lays the space out when `memory` is not nullptr.
+size_t nearest_space(const NearestProblem& problem, void* memory, NearestSpace* space);
+
+void nearest(const NearestProblem& problem, void* memory, cudaStream_t stream);
+
+}  // namespace vq
