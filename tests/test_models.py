@@ -21,6 +21,7 @@ from vqfast.models import (
     pad_to_multiple,
     pixels_to_float,
 )
+from vqfast.models import vae as vae_module
 
 TINY = dict(hidden=8, residual_hidden=4, residual_layers=1, dim=4, codebook_size=16)
 
@@ -189,6 +190,17 @@ def test_half_precision_autocast_keeps_losses_in_float32():
     torch.testing.assert_close(half.reconstruction_loss, plain.reconstruction_loss, rtol=0.05, atol=0.05)
 
 
+def test_every_quantizer_setting_arrives():
+    settings = dict(commitment_weight=0.7, metric="cosine", groups=2, revive_below=0.5, auto_update=False)
+    ema = dict(decay=0.5, eps=1e-3, rule="debiased")
+    for fields, kind in ((settings | ema, "VectorQuantizerEMA"), (settings | dict(quantizer="loss"), "VectorQuantizer")):
+        quantizer = tiny(**fields).quantizer
+        assert type(quantizer).__name__ == kind
+        expected = {name: value for name, value in fields.items() if name != "quantizer"}
+        assert {name: getattr(quantizer, name) for name in expected} == expected
+        assert (quantizer.dim, quantizer.codebook_size, quantizer.channel_dim) == (4, 16, 1)
+
+
 def test_update_once_per_step_when_auto_update_is_off():
     model = tiny(auto_update=False)
     before = model.quantizer.codebook.clone()
@@ -301,7 +313,7 @@ def test_bits_per_dim_counts_codes_and_pixels():
     assert float(bits.latents) == 2 * 4 * 4 * math.log2(16) / (3 * 16 * 16)
     assert float(bits.total) == float(bits.reconstruction + bits.latents)
     # forward's loss in nats is the same quantity in float32.
-    assert float(bits.reconstruction) == pytest.approx(float(model(x).reconstruction_loss) / math.log(2), rel=1e-5)
+    assert float(bits.reconstruction) == pytest.approx(float(model(x).reconstruction_loss.detach()) / math.log(2), rel=1e-5)
     # An untrained network must not beat 8 bits by much, nor need absurdly many.
     assert 6 < float(bits.reconstruction) < 20
 
@@ -330,8 +342,11 @@ def test_vae_terms():
     torch.manual_seed(7)
     loss = vae(x).loss
     torch.manual_seed(7)
-    assert float(vae.bits_per_dim(x).total) == pytest.approx(float(loss) / math.log(2), rel=1e-5)
+    assert float(vae.bits_per_dim(x).total) == pytest.approx(float(loss.detach()) / math.log(2), rel=1e-5)
     assert torch.equal(vae.eval()(x).reconstruction, vae.decode(vae.encode(x)))
+    # The noise has the posterior's standard deviation: the moments of 20,000 draws lie within five standard errors.
+    draws = vae_module._sample(torch.full((20_000,), 3.0), torch.full((20_000,), math.log(4.0)))
+    assert abs(draws.mean() - 3) < 5 * 2 / 20_000**0.5 and abs(draws.std() - 2) < 5 * 2 / 40_000**0.5
     several = [vae.bits_per_dim(x, samples=3, generator=torch.Generator().manual_seed(1)).total for _ in range(2)]
     assert several[0] == several[1]
 
