@@ -1,8 +1,10 @@
-"""Files that are either the old one or the whole new one, never half of one."""
+"""Files that are either the old one or the whole new one, never half of one; and the hash that tells tensors apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -60,3 +62,16 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def hash_tensors(tensors, start: bytes = b"") -> str:
+    """sha256 over ``start`` and every tensor's name, dtype, shape and bytes, in sorted order of names."""
+    import torch
+
+    digest = hashlib.sha256(start)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -17,7 +17,6 @@ checksum; an index outside its codebook is refused even when the checksum is rig
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from ._files import atomic_file
+from vqfast._files import atomic_file, hash_tensors
 
 MAGIC = b"\x89VQT\r\n\x1a\n"
 VERSION = 1
@@ -80,14 +79,7 @@ def packed_bytes(shape: Sequence[int], codebook_size: int) -> int:
 
 def model_hash(state: Mapping[str, Any]) -> str:
     """The sha256 that ties tokens to a model: over names, dtypes, shapes and bytes of its state_dict, in sorted order."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().to("cpu").contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return hash_tensors(state)
 
 
 class TokenWriter:

@@ -21,6 +21,9 @@ PACKAGES = (("numpy", "numpy", "training, pictures, token files"), ("PIL", "Pill
             ("huggingface_hub", "huggingface-hub", "sharing models"))
 
 
+FAMILIES = ("nearest", "gather", "quantize", "ema", "residual")
+
+
 def add_arguments(parser) -> None:
     pass
 
@@ -44,12 +47,15 @@ def versions() -> list[str]:
 
 def backends() -> list[str]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    lines = [f"SIMD level of the cpu backend: {_backends.cpu_level() or 'not built'}"]
+    lines = [f"SIMD level of the cpu backend: {_backends.cpu_level() or 'none, see below'}"]
     for device in devices:
         x = torch.empty(1, 1, device=device)
-        for family in ("nearest", "gather", "quantize", "ema"):
-            lines += [f"{line}{' (tensors on ' + device + ')' if number == 0 else ''}"
-                      for number, line in enumerate(vqfast.explain(family, x, x).splitlines())]
+        alike: dict[str, list[str]] = {}  # families with the same answers share their lines
+        for family in FAMILIES:
+            first, *rest = vqfast.explain(family, x, x).splitlines()
+            text = "\n".join([first.partition(": ")[2] + f" with tensors on {device}", *rest]).replace(f"{family} has", "it has")
+            alike.setdefault(text, []).append(family)
+        lines += [line for text, families in alike.items() for line in f"{', '.join(families)}: {text}".splitlines()]
     return lines
 
 

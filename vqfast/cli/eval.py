@@ -31,9 +31,13 @@ def run(args) -> int:
         raise UserError(f"--pictures is {args.pictures}, but must be at least 1")
     model, config, source = find_model(Path(args.model))
     model.to(pick_device(args.device))
-    pictures, what = _pictures(args, model, config)
-    result = evaluate(model, pictures, codecs=not args.no_codecs)
-    print(f"model      {source}\npictures   {result.pictures} of {what}\n")
+    pictures, what, folder = _pictures(args, model, config)
+    try:
+        result = evaluate(model, pictures, codecs=not args.no_codecs)
+    except ValueError as error:  # no picture that can be read, or none that the model can take
+        raise UserError(f"{what}: {error}") from None
+    print(f"model      {source}\npictures   {result.pictures} of {what}")
+    print("\n".join([*(folder.report() if folder else []), ""]))
     print("\n".join(table(result)))
     if args.json:
         write_atomic(args.json, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
@@ -41,11 +45,11 @@ def run(args) -> int:
 
 
 def _pictures(args, model, config):
-    """The pictures to judge by, and what they are."""
+    """The pictures to judge by, what they are, and the user's folder if they come from one."""
     channels = model.config.in_channels
     if args.data is not None and args.data not in SOURCES:
         source = Pictures(args.data, channels)
-        return (picture for _, (_, picture) in zip(range(args.pictures), source)), args.data
+        return (picture for _, (_, picture) in zip(range(args.pictures), source)), args.data, source
     if args.data is None and config is None:
         raise UserError(f"{args.model} does not say what it was trained on; name the pictures with --data")
     data = config.data if config is not None else DataConfig()
@@ -53,7 +57,7 @@ def _pictures(args, model, config):
         data = dataclasses.replace(data, source=args.data, test="", folder="")
     sources = open_sources(data, channels)
     number = min(args.pictures, len(sources.test))
-    return (sources.test[i * len(sources.test) // number] for i in range(number)), sources.test_name
+    return (sources.test[i * len(sources.test) // number] for i in range(number)), sources.test_name, None
 
 
 def table(result: Evaluation) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
-from vqfast.tokens import bits_for
+from vqfast.tokens import packed_bytes
 
 # (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG documentation advises.
 CODECS = (("JPEG", 1, 95, {"optimize": True}), ("WEBP", 0, 100, {"method": 6}))
@@ -64,7 +63,7 @@ def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool
     """
     result, kept, similarity = Evaluation(), [], similarity_function()
     errors, ratios, ssims, bits, token_bytes, pixels_seen = [], [], [], [], [], []
-    counts = [torch.zeros(quantizer.codebook_size, dtype=torch.int64) for quantizer in model.quantizers]
+    counts = [torch.zeros(q.groups, q.codebook_size, dtype=torch.int64) for q in model.quantizers]
     scale = None
     for _, batch in same_size_batches(("", picture) for picture in pictures):
         restored, codes, x = restore(model, batch)
@@ -74,10 +73,10 @@ def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool
         if similarity is not None:
             ssims += similarity(batch, restored)
         for level, indices in enumerate(codes):
-            counts[level] += torch.bincount(indices.reshape(-1), minlength=len(counts[level]))
+            for group, part in enumerate(indices.reshape(len(batch), len(counts[level]), -1).unbind(1)):
+                counts[level][group] += torch.bincount(part.reshape(-1), minlength=counts[level].shape[1])
         if codes:
-            one = sum(math.ceil(level[0].numel() * bits_for(len(count)) / 8) for level, count in zip(codes, counts))
-            token_bytes += [one] * len(batch)
+            token_bytes += [sum(packed_bytes(level.shape[1:], count.shape[1]) for level, count in zip(codes, counts))] * len(batch)
         pixels_seen += [batch.shape[2] * batch.shape[3]] * len(batch)
         if likelihood and batch.shape[2] % model.stride == 0 == batch.shape[3] % model.stride:
             if scale is None and model.likelihood.kind != "discretized_logistic":
@@ -224,17 +223,17 @@ def _decompress(content: bytes, channels: int) -> Tensor:
 
 
 def _code_figures(counts: Tensor) -> tuple[float, float]:
-    """Perplexity exp(entropy) of the codes' frequencies, and the part of all codes that was used at all."""
-    p = counts.double() / counts.sum()
-    entropy = -(p * p.clamp_min(1e-300).log()).sum()
-    return float(entropy.exp()), float((counts > 0).double().mean())
+    """Perplexity exp(entropy) of the codes' frequencies, mean over groups, and the part of all codes that was used; counts [G, K]."""
+    p = counts.double() / counts.sum(1, keepdim=True)
+    entropy = -torch.special.xlogy(p, p).sum(1)
+    return float(entropy.exp().mean()), float((counts > 0).double().mean())
 
 
 def _fitted_scale(model: torch.nn.Module, x: Tensor, result: Evaluation) -> float:
     """The scale of the logistic for models whose likelihood gives 8-bit levels no probability."""
     scale = fit_logistic_scale(model.decode(model.encode(x)), x)
-    result.notes.append(f"bits/dim: this model has no likelihood of 8-bit pictures; a logistic of scale {scale:.4f}, fitted on the "
-                        f"first {len(x)} pictures, stands in")
+    result.notes.append(f"bits/dim: this model has no likelihood of 8-bit pictures; a logistic of scale {scale:.4f}, fitted on "
+                        f"{len(x)} of these pictures, stands in")
     return scale
 
 

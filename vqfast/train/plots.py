@@ -68,7 +68,11 @@ def _draw_chart(drawing: _Drawing, chart: Chart, left: float) -> None:
     ys = np.concatenate([points[1] for points in series.values()] or [np.zeros(0)])
     x_ticks, y_ticks = _ticks(xs), (_log_ticks(ys) if chart.log_y else _ticks(ys))
     scale = (lambda y: np.log10(y)) if chart.log_y else (lambda y: y)
-    to_x = _mapping(x_ticks[0], x_ticks[-1], x0, x1)
+    if len(xs) and xs.min() < xs.max():  # steps and codes end where they end, not at a round number
+        x_ticks = [tick for tick in x_ticks if xs.min() <= tick <= xs.max() * 1.000001]
+        to_x = _mapping(min(x_ticks[0], xs.min()), xs.max(), x0, x1)
+    else:
+        to_x = _mapping(x_ticks[0], x_ticks[-1], x0, x1)
     to_y = _mapping(scale(y_ticks[0]), scale(y_ticks[-1]), y0, y1)
 
     drawing.texts.append(((x0 + x1) / 2, _TOP - 14, chart.title, 14, "middle"))

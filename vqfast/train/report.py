@@ -38,7 +38,7 @@ def _code_chart(codes: list[Tensor], sizes: list[int]) -> Chart:
     for level, (indices, size) in enumerate(zip(codes, sizes)):
         counts = torch.bincount(indices.reshape(-1), minlength=size).sort(descending=True).values.numpy()
         series[f"level {level}"] = (np.arange(1, size + 1), counts)
-    return Chart("uses of each code in these pictures", "codes, most used first", series)
+    return Chart("uses of each code in the shown pictures", "codes, most used first", series, log_y=True)
 
 
 def sample_pictures(dataset, number: int) -> Tensor:
