@@ -31,7 +31,8 @@ def test_one_stage_is_counted_as_it_ended(tmp_path, capsys, log, status, expecte
 
 def test_stages_add_up_and_skips_are_listed(tmp_path, capsys):
     (tmp_path / "results").write_text("tests 0\nlevel 77\n")
-    (tmp_path / "tests.log").write_text("== skipped, and why ==\n    2  cuda: no device\n\n7 passed, 2 skipped in 1.00s\n")
+    skips = "== skipped, and why ==\n    2  cuda: no device\n"
+    (tmp_path / "tests.log").write_text(skips + "\n7 passed, 2 skipped in 1.00s\n")
     (tmp_path / "level.log").write_text("no AVX-512 here\n")
     assert runpy.run_path(str(SUMMARY))["main"](tmp_path) == 0
     out = capsys.readouterr().out
