@@ -3,6 +3,7 @@
 Everything is compiled once per source text and kept in the temporary folder of this user, so that a second run starts at once.
 """
 
+import ctypes
 import getpass
 import hashlib
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,6 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX = ["g++", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 # The sanitizers halt at the first finding. Alignment of a float inside a view is the caller's business, as on a GPU.
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ORDERS = ("ascending", "descending")
 
 
 def sources() -> list[Path]:
@@ -63,3 +64,42 @@ def drills(need_gxx):
         return subprocess.run([binary, name], env=environment, capture_output=True, text=True, timeout=60)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def executor_library(need_gxx):
+    """`executor_library(sanitized=False)`: the whole CUDA backend, register_cuda.cpp included, on the executor."""
+
+    def build(sanitized: bool = False) -> Path:
+        torch_folder = Path(torch.__file__).parent
+        flags = [*CXX, "-Wno-unknown-pragmas", "-fPIC", "-DVQFAST_EXECUTOR", TARGET, "-isystem", torch_folder / "include"]
+        # A fused multiply-add in hardware is the same operation as the C library's, and faster.
+        has_fma = " fma " in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+        flags += ["-O1", *SANITIZE] if sanitized else ["-O2"]
+        flags += ["-mfma"] if has_fma else []
+        files = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "testing" / "probe.cpp", CSRC / "register_cuda.cpp"]
+        objects = [f"{{out}}.{file.name}.o" for file in files]
+        commands = [[*flags, "-x", "c++", "-c", file, "-o", o] for file, o in zip(files, objects, strict=True)]
+        link = [*flags, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        return compiled(f"vqfast-executor{'-sanitized' * sanitized}.so", *commands, [*link, "-o", "{out}"])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def executor(executor_library):
+    """torch.ops.vqfast, whose `*_cuda` ops take CPU tensors and run on the executor; `executor.probe` is probe.cpp."""
+    path = executor_library()
+    torch.ops.load_library(str(path))
+    ops = SimpleNamespace(probe=ctypes.CDLL(str(path)))
+    for name in ("nearest", "gather", "code_stats", "quantize"):
+        setattr(ops, name, getattr(torch.ops.vqfast, f"{name}_cuda"))
+    ops.ema_update_ = torch.ops.vqfast.ema_update_cuda_
+    return ops
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def order(request, monkeypatch):
+    """Threads and blocks run in this order: what needs a barrier that is not there is wrong in one of the two."""
+    monkeypatch.setenv("VQFAST_EXECUTOR_ORDER", request.param)
+    return request.param

@@ -1,0 +1,150 @@
+"""nearest_cuda on the executor: the contract's codes and distances, bit for bit, in both thread orders."""
+
+import ctypes
+
+import cases
+import oracle
+import pytest
+import torch
+from check import METRIC_CODE, METRICS, same
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def verify(executor, x, codebook, metric="l2"):
+    """x [..., N, D] of any leading axes with codebook [K, D], or [..., G, N, D] with [G, K, D]."""
+    expected = oracle.nearest(x, codebook, metric)
+    groups = codebook[None] if codebook.dim() == 2 else codebook
+    if x.dim() == 4:
+        rows = x
+    else:
+        rows = x.reshape(1, 1, -1, x.shape[-1]) if x.dim() < 3 else x[:, None]
+    distance, indices = executor.nearest(rows, groups, METRIC_CODE[metric], None, None, None)
+    assert indices.dtype == torch.int64 and distance.dtype == torch.float32
+    same(indices.reshape(expected.indices.shape), expected.indices, f"indices, {metric}")
+    same(distance.reshape(expected.distance.shape), expected.distance, f"distance, {metric}")
+
+
+def open_rows(executor, x, codebook, metric):
+    run = executor.probe.vqfast_open_rows
+    run.restype, run.argtypes = ctypes.c_long, [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p] + [ctypes.c_long] * 2 + [ctypes.c_int]
+    return run(x.data_ptr(), len(x), codebook.data_ptr(), len(codebook), x.shape[1], METRIC_CODE[metric])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
+def test_adversarial_data(executor, order, build, metric):
+    verify(executor, *build(), metric)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
+def test_adversarial_data_in_low_precision(executor, build, dtype):
+    x, codebook = build()
+    verify(executor, x.to(dtype), codebook)
+    verify(executor, x.to(dtype), codebook.to(dtype))
+
+
+@pytest.mark.parametrize("dim", cases.DIMS, ids="D{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_dims(executor, dim, metric):
+    verify(executor, *cases.clustered(25, 33, dim, seed=dim), metric)
+
+
+@pytest.mark.parametrize("k", (1, 2, 127, 128, 129, 1000), ids="K{}".format)
+@pytest.mark.parametrize("n", (1, 127, 128, 129), ids="N{}".format)
+def test_tile_borders(executor, order, n, k):
+    verify(executor, *cases.clustered(n, k, 17, seed=n + k))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
+def test_splitting_the_codes_changes_nothing(executor, order, monkeypatch, multiprocessors):
+    """Few rows on a wide device: the codes are split, and the parts meet in the settling kernel."""
+    monkeypatch.setenv("VQFAST_EXECUTOR_SMS", str(multiprocessors))
+    x, codebook = cases.clustered(40, 1500, 16, seed=90)
+    codebook[700:1400] = codebook[:700]
+    for metric in METRICS:
+        verify(executor, x, codebook, metric)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *LOW_PRECISION), ids=str)
+@pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
+def test_strides_of_x(executor, order, view, dtype):
+    x, codebook = cases.clustered(48, 70, 37, seed=60)
+    x = x.to(dtype).view(2, 24, 37)
+    verify(executor, cases.views(x)[view], codebook, "cosine")
+    verify(executor, cases.views(x)[view], codebook)
+
+
+@pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
+def test_strides_of_codebook(executor, view):
+    x, codes = cases.clustered(40, 48, 16, seed=61)
+    rows = torch.stack([x, x + 0.1])[None]
+    verify(executor, rows, cases.views(codes.view(2, 24, 16))[view])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_groups_and_batches(executor, order, metric):
+    x, codebook = cases.normal(3, 2, 50, 9, seed=65), cases.normal(2, 37, 9, seed=66)
+    codebook[1, :36] = torch.nan
+    x[1, 0, 3] = torch.inf
+    verify(executor, x, codebook, metric)
+
+
+@pytest.mark.parametrize("x_dtype", (torch.float32, *LOW_PRECISION), ids=str)
+@pytest.mark.parametrize("codebook_dtype", (torch.float32, *LOW_PRECISION), ids=str)
+def test_mixed_dtypes_are_taken_exactly(executor, x_dtype, codebook_dtype):
+    x, codebook = cases.clustered(60, 200, 19, seed=50, spread=1.0)
+    for metric in METRICS:
+        verify(executor, (x + 8).to(x_dtype), (codebook + 8).to(codebook_dtype), metric)
+
+
+def test_no_rows(executor):
+    verify(executor, torch.empty(0, 7), cases.normal(5, 7))
+
+
+@pytest.mark.unpoisoned
+def test_offsets_beyond_two_to_the_31(executor):
+    """Rows, and codes, that lie 2^31 elements apart, in memory of which next to nothing is touched."""
+    far = torch.empty((1 << 32) + 64, dtype=torch.bfloat16)
+    rows = far.as_strided((1, 1, 3, 8), (0, 0, 1 << 31, 1))
+    near = cases.normal(3, 8, seed=3).bfloat16()
+    rows[0, 0] = near
+    codebook = cases.normal(40, 8, seed=4)
+    expected = oracle.nearest(near, codebook)
+    distance, indices = executor.nearest(rows, codebook[None], 0, None, None, None)
+    same(indices[0, 0], expected.indices), same(distance[0, 0], expected.distance)
+    distance, indices = executor.nearest(codebook[None, None], rows[0], 0, None, None, None)
+    expected = oracle.nearest(codebook, near)
+    same(indices[0, 0], expected.indices), same(distance[0, 0], expected.distance)
+    same(executor.gather(rows[0], torch.tensor([[[2, 1, -1]]]))[0, 0], torch.stack([near[2], near[1], torch.zeros_like(near[0])]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_the_screen_settles_almost_every_row(executor, shift, metric):
+    """Else the answer would still be right, but slow. Offsets cost nothing, for both sides are centred; a huge code, none either."""
+    x, codebook = cases.clustered(600, 500, 32, seed=70, spread=0.5)
+    x, codebook = x + shift, codebook + shift
+    if metric == "l2":
+        codebook[77] = 1e30
+    # Codes offset by 1000 differ by 1e-3 in direction, and by less than the screen's 2^-24 in few pairs.
+    assert open_rows(executor, x, codebook, metric) <= (6 if metric == "l2" or shift == 0 else 60)
+
+
+def test_duplicates_are_left_out_of_the_screen(executor):
+    """Most codes alike (and zeros of either sign): the copies are never candidates, so no row needs float64."""
+    x, codebook = cases.clustered(200, 30, 8, seed=71)
+    codebook[:, 2] = 0.0
+    copies = codebook.repeat(9, 1)
+    copies[::2, 2] = -0.0
+    assert open_rows(executor, x, copies, "l2") <= 2
+    verify(executor, x, copies)
+
+
+def test_scratch_memory_never_holds_one_value_per_pair(executor):
+    size = executor.probe.vqfast_nearest_bytes
+    size.restype, size.argtypes = ctypes.c_long, [ctypes.c_long] * 3
+    n, k, dim = 1 << 20, 1 << 14, 64
+    assert size(n, k, dim) < 64 * n + 8 * k * dim + (1 << 20)
+    assert size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 8  # few rows: the codes are split, N x K still never exists
