@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-EMBED, CONDITION, CONV, ATTEND = 1, 2, 3, 4
+EMBED, CONDITION, CONV, ATTEND, PREVIOUS = 1, 2, 3, 4, 5
 DRAW, SCORE = 0, 1
 PANEL = 64
 _NONE, _RELU, _ELU, _GATE, _GLU = range(5)
@@ -233,7 +233,7 @@ class Machine:
 
     @staticmethod
     def _instruction(op: int, take) -> tuple:
-        if op == EMBED:
+        if op in (EMBED, PREVIOUS):
             return op, *take(4)
         if op == CONDITION:
             return op, *take(2)
@@ -278,6 +278,14 @@ class _Run:
                 codes = self.tokens[:, at, first:last].T.clamp(0, self.m.codebook_size - 1)
                 rows = self.weights[table : table + self.m.codebook_size * channels].view(-1, channels)
                 self.place(out, at, first, last, channels).copy_(rows[codes])
+        elif i[0] == PREVIOUS:
+            _, _, channels, table, out = i
+            flat = self.tokens.reshape(self.m.batch, -1).clamp(0, self.m.codebook_size - 1)
+            rows = self.weights[table : table + self.m.codebook_size * channels].view(-1, channels)
+            for column in range(c0, c1):
+                before = row * self.m.width + column - 1
+                target = self.place(out, row, column, column + 1, channels)[0]
+                target.copy_(rows[flat[:, before]] if before >= 0 else torch.zeros_like(target))
         elif i[0] == CONDITION:
             self.place(i[2], row, c0, c1, self.m.condition).copy_(self.condition[:, row, c0:c1].transpose(0, 1))
         elif i[0] == CONV:

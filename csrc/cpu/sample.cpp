@@ -18,7 +18,7 @@
 namespace vqfast {
 namespace {
 
-enum Op : int64_t { kEmbed = 1, kCondition = 2, kConv = 3, kAttend = 4 };
+enum Op : int64_t { kEmbed = 1, kCondition = 2, kConv = 3, kAttend = 4, kPrevious = 5 };
 enum Epilogue : int64_t { kNone = 0, kRelu = 1, kElu = 2, kGate = 3, kGlu = 4 };
 
 struct Buffer {
@@ -32,7 +32,7 @@ struct Tap {
 
 struct Instruction {
   int64_t op, phase;
-  int64_t table, out;                                                        // kEmbed, kCondition
+  int64_t table, out;                                                        // kEmbed, kCondition, kPrevious
   int64_t outputs, epilogue, init_kind, init, classes, weight, raw, residual, act, act_kind, depth;  // kConv
   std::vector<Tap> taps;
   int64_t q, k, v, cache, heads, key, value, scale;                          // kAttend
@@ -134,7 +134,7 @@ class Reader {
     Instruction i{};
     i.op = next();
     i.phase = size(1);
-    if (i.op == kEmbed) {
+    if (i.op == kEmbed || i.op == kPrevious) {
       const int64_t channels = size(1 << 20);
       i.table = floats(p.codebook_size * channels);
       i.out = ring(p, channels);
@@ -360,6 +360,8 @@ class Engine {
       // Row phase: the row above, complete by now. Pixel phase: the columns just before the range.
       if (i.phase == 0 && row > 0) embed(i, row - 1, 0, a_.width, thread);
       if (i.phase == 1) embed(i, row, std::max<int64_t>(c0 - 1, 0), c1 - 1, thread);
+    } else if (i.op == kPrevious) {
+      previous(i, row, c0, c1, thread);
     } else if (i.op == kCondition) {
       condition(i, row, c0, c1, thread);
     } else if (i.op == kConv) {
@@ -377,6 +379,20 @@ class Engine {
       int64_t code = token(m % a_.batch, row, c0 + m / a_.batch);
       if (code < 0 || code >= p_.codebook_size) code = 0;
       std::memcpy(at(b, row, c0) + m * b.stride, a_.weights + i.table + code * i.outputs, i.outputs * sizeof(float));
+    }
+  }
+
+  // The code just before each position in raster order, from the end of the row above where need be; zeros before the first.
+  void previous(const Instruction& i, int64_t row, int64_t c0, int64_t c1, int thread) {
+    const Buffer& b = p_.buffers[i.out];
+    const Range part = share((c1 - c0) * a_.batch, thread, threads_);
+    for (int64_t m = part.begin; m < part.end; ++m) {
+      const int64_t before = row * a_.width + c0 + m / a_.batch - 1;
+      float* out = at(b, row, c0) + m * b.stride;
+      int64_t code = before < 0 ? 0 : token(m % a_.batch, before / a_.width, before % a_.width);
+      if (code < 0 || code >= p_.codebook_size) code = 0;
+      if (before < 0) std::fill(out, out + i.outputs, 0.0f);
+      else std::memcpy(out, a_.weights + i.table + code * i.outputs, i.outputs * sizeof(float));
     }
   }
 

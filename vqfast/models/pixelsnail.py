@@ -59,9 +59,9 @@ class PixelSNAIL(CodePrior):
 
     def _network(self, x: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
         place = place_features(x.shape[2], x.shape[3], x).expand(x.shape[0], -1, -1, -1)
-        x = self.first(x)
+        codes, x = x, self.first(x)
         for block in self.blocks:
-            x = block(x, place, labels, condition)
+            x = block(x, codes, place, labels, condition)
         for block in self.output:
             x = block(x)
         return self.logits(F.elu(x))
@@ -81,9 +81,11 @@ class PixelSNAIL(CodePrior):
         place = 2 if c.attention_heads else 0
         b = ProgramBuilder(c.codebook_size, c.classes, place + self._condition_channels)
         x, active = b.ring(c.channels), b.ring(c.channels)
-        b.causal(b.embed(self.embedding.weight), self.first, out=x, act=active, act_kind="elu")
+        codes = b.embed(self.embedding.weight)
+        previous = b.previous(codes) if c.attention_heads else None
+        b.causal(codes, self.first, out=x, act=active, act_kind="elu")
         for block in self.blocks:
-            x, active = block.emit(b, x, active, place)
+            x, active = block.emit(b, x, active, previous, place)
         for block in self.output:
             x, active = emit_residual(b, block, x, active)
         b.logits(b.taps(active, self.logits.weight), self.logits.bias)
@@ -101,29 +103,26 @@ class SnailBlock(nn.Module):
         )
         self.attention = self.merge = None
         if c.attention_heads:
-            self.attention = CausalAttention(c.channels, c.attention_heads, c.key_channels, c.value_channels, c.dropout)
+            self.attention = CausalAttention(c.channels, c.channels, c.attention_heads, c.key_channels, c.value_channels, c.dropout)
             width = c.attention_heads * c.value_channels
             self.merge = GatedResidual(c.channels, c.residual_channels, 1, aux=width, dropout=c.dropout)
 
-    def forward(self, x: Tensor, place: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, codes: Tensor, place: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
         for layer in self.layers:
             x = layer(x, None, labels, condition)
-        return x if self.attention is None else self.merge(x, self.attention(x, place))
+        return x if self.attention is None else self.merge(x, self.attention(x, codes, place))
 
-    def emit(self, b: ProgramBuilder, x: int, active: int, place: int) -> tuple[int, int]:
+    def emit(self, b: ProgramBuilder, x: int, active: int, previous: int | None, place: int) -> tuple[int, int]:
         for layer in self.layers:
             x, active = emit_residual(b, layer, x, active, place=place)
         if self.attention is None:
             return x, active
-        a, channels = self.attention, b.channels(x)
-        projected = []
-        for layer in (a.query, a.key, a.value):
-            weight = layer.weight
-            taps = b.taps(x, weight[:, :channels])
-            if weight.shape[1] > channels:
-                taps += b.taps(b.condition, weight[:, channels:])
-            projected.append(b.ring(weight.shape[0]))
-            b.conv("pixel", taps, bias=layer.bias, out=projected[-1])
+        a, projected = self.attention, []
+        sources = {x: b.channels(x), previous: b.channels(previous), b.condition: 2}
+        for layer, seen in ((a.query, (x, b.condition)), (a.key, (x, previous, b.condition)), (a.value, (x, previous))):
+            parts = layer.weight.split([sources[s] for s in seen], dim=1)
+            projected.append(b.ring(layer.out_channels))
+            b.conv("pixel", [tap for s, w in zip(seen, parts) for tap in b.taps(s, w)], bias=layer.bias, out=projected[-1])
         attended = b.attend(*projected, a.heads)
         return emit_residual(b, self.merge, x, active, aux=attended)
 

@@ -123,27 +123,36 @@ class GatedResidual(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head attention of each position to itself and all before it in raster order.
 
-    Queries and keys also see the position ((i - H/2) / H, (j - W/2) / W). The features at a position know the codes before
-    it only, so attending to itself is causal, and the softmax is never empty.
+    Keys and values also see the code just before their position, wherever it stands, so that attention reaches every earlier
+    code, even at the far end of the row above. Queries and keys see the position ((i - H/2) / H, (j - W/2) / W). All of that is
+    known before the code at the position is, so attending to itself is causal, and the softmax is never empty.
 
-    Shapes: x [B, C, H, W], place [B, 2, H, W] -> [B, heads * value_channels, H, W].
+    Shapes: x [B, C, H, W], codes [B, Ce, H, W] (embedded), place [B, 2, H, W] -> [B, heads * value_channels, H, W].
     """
 
-    def __init__(self, channels: int, heads: int, key_channels: int, value_channels: int, dropout: float = 0.0):
+    def __init__(
+        self, channels: int, code_channels: int, heads: int, key_channels: int, value_channels: int, dropout: float = 0.0
+    ):
         super().__init__()
         self.heads, self.key_channels, self.value_channels, self.dropout = heads, key_channels, value_channels, dropout
         self.query = nn.Conv2d(channels + 2, heads * key_channels, 1)
-        self.key = nn.Conv2d(channels + 2, heads * key_channels, 1)
-        self.value = nn.Conv2d(channels, heads * value_channels, 1)
+        self.key = nn.Conv2d(channels + code_channels + 2, heads * key_channels, 1)
+        self.value = nn.Conv2d(channels + code_channels, heads * value_channels, 1)
 
-    def forward(self, x: Tensor, place: Tensor) -> Tensor:
-        placed = torch.cat([x, place], dim=1)
-        q, k, v = (self._split(y) for y in (self.query(placed), self.key(placed), self.value(x)))
+    def forward(self, x: Tensor, codes: Tensor, place: Tensor) -> Tensor:
+        informed = torch.cat([x, previous_in_raster_order(codes)], dim=1)
+        query, key = self.query(torch.cat([x, place], dim=1)), self.key(torch.cat([informed, place], dim=1))
+        q, k, v = (self._split(y) for y in (query, key, self.value(informed)))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(2, 3).reshape(x.shape[0], -1, *x.shape[2:])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # [B, heads, H * W, channels]
+
+
+def previous_in_raster_order(x: Tensor) -> Tensor:
+    """x one position later, row ends going on to the next row; zeros at the first position."""
+    return F.pad(x.flatten(2)[..., :-1], (1, 0)).view_as(x)
 
 
 def place_features(height: int, width: int, like: Tensor) -> Tensor:

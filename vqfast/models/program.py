@@ -95,8 +95,14 @@ class ProgramBuilder:
 
     def embed(self, table: Tensor) -> int:
         """A buffer with the embedding of the codes so far. table [K, channels]."""
-        out, offset = self.ring(table.shape[1]), self._store(table)
-        self._code += [[words.EMBED, phase, table.shape[1], offset, out] for phase in (0, 1)]
+        out, self._table = self.ring(table.shape[1]), self._store(table)
+        self._code += [[words.EMBED, phase, table.shape[1], self._table, out] for phase in (0, 1)]
+        return out
+
+    def previous(self, codes: int) -> int:
+        """A buffer with the embedding of the code just before each position; `codes` is what `embed` returned."""
+        out = self.ring(self.channels(codes))
+        self._code.append([words.PREVIOUS, 1, self.channels(codes), self._table, out])
         return out
 
     def conv(

@@ -6,6 +6,7 @@ The network is a program of int64 words (built by `vqfast.models.program`):
     per buffer        kind, channels, rows, left, right              kind 0: a ring of rows with zero margins left and right
                       1, heads, key channels, value channels, 0      kind 1: an attention cache of the whole map
     EMBED, phase, channels, table, out                               phase 0: the row above; 1: the columns before the range
+    PREVIOUS, 1, channels, table, out                                the code just before in raster order, zeros at the start
     CONDITION, 0, out
     CONV, phase, outputs, epilogue, start kind, start, class table, weights, out, raw, residual, act, act kind,
           taps, then per tap: buffer, dy, dx, channels               start kind 0: offset of a bias, 1: a buffer
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from vqfast import _backends, _border, reference_sample
-from vqfast.reference_sample import ATTEND, CONDITION, CONV, DRAW, EMBED, PANEL, SCORE, VERSION
+from vqfast.reference_sample import ATTEND, CONDITION, CONV, DRAW, EMBED, PANEL, PREVIOUS, SCORE, VERSION
 
-__all__ = ["ATTEND", "CONDITION", "CONV", "DRAW", "EMBED", "PANEL", "SCORE", "VERSION", "run_program"]
+__all__ = ["ATTEND", "CONDITION", "CONV", "DRAW", "EMBED", "PANEL", "PREVIOUS", "SCORE", "VERSION", "run_program"]
 
 _border.define(
     "sample_",
