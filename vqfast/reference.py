@@ -5,6 +5,8 @@ All functions take the canonical shapes: x [B, G, N, D], codebook [G, K, D], ind
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,17 @@ def pair_score(x: Tensor, codes: Tensor, metric: int) -> Tensor:
             total = total + x[..., d] * codes[..., d]
             norm = norm + codes[..., d] * codes[..., d]
     if metric == COSINE:
-        total = torch.where(norm > 0, total / norm.sqrt(), 0.0)
+        total = torch.where(norm > 0, total / _sqrt(norm), 0.0)
     score = total if metric == L2 else -total
     return torch.where(codes.isfinite().all(-1) & ~score.isnan(), score, torch.inf)
+
+
+def _sqrt(values: Tensor) -> Tensor:
+    """Correctly rounded square root: torch's own on the CPU may be off by one ulp (2.13 gives 1.4142135623730949 for 2.0)."""
+    if values.device.type != "cpu":
+        return values.sqrt()
+    roots = [math.sqrt(v) for v in values.flatten().tolist()]
+    return torch.tensor(roots, dtype=values.dtype).reshape(values.shape)
 
 
 def _distance_of_score(score: Tensor, x: Tensor, metric: int) -> Tensor:
@@ -64,7 +74,7 @@ def _distance_of_score(score: Tensor, x: Tensor, metric: int) -> Tensor:
     norm = x.new_zeros(x.shape[:-1])
     for d in range(x.shape[-1]):
         norm = norm + x[..., d] * x[..., d]
-    return torch.where(norm > 0, 1.0 + score / norm.sqrt(), 1.0)
+    return torch.where(norm > 0, 1.0 + score / _sqrt(norm), 1.0)
 
 
 class _Screen:

@@ -1,0 +1,230 @@
+#include "codes.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace vqfast {
+namespace {
+
+// Rounding unit of float32.
+constexpr double kUnitRoundoff = 0x1p-24;
+constexpr int64_t kSample = 1024;
+
+// Evenly spaced sample of a list.
+template <class T>
+std::vector<T> sample_of(const std::vector<T>& all, int64_t most) {
+  const int64_t n = (int64_t)all.size();
+  if (n <= most) return all;
+  std::vector<T> out(most);
+  for (int64_t i = 0; i < most; ++i) out[i] = all[i * n / most];
+  return out;
+}
+
+double quantile(std::vector<double> values, double q) {
+  if (values.empty()) return 0;
+  const size_t at = std::min(values.size() - 1, (size_t)(q * values.size()));
+  std::nth_element(values.begin(), values.begin() + at, values.end());
+  return values[at];
+}
+
+// sum c_d^2 as the contract evaluates it: ascending, each operation rounded once.
+double exact_norm(const float* c, int64_t dim) {
+  double total = 0;
+  for (int64_t d = 0; d < dim; ++d) total += (double)c[d] * (double)c[d];
+  return total;
+}
+
+}  // namespace
+
+Codes::Codes(const View& codebook, int64_t group, Metric metric, const Parallel& parallel)
+    : given_(rows_of_group(codebook, group, parallel)) {
+  exact_ = {given_.data, given_.ld, given_.dim, nullptr, metric};
+  find_usable(parallel);
+  if (usable_.empty()) return;
+  if (unit_vectors()) {
+    make_unit(parallel);
+  } else {
+    work_.data = given_.data;
+    work_.ld = given_.ld;
+    work_.count = given_.count;
+    work_.dim = given_.dim;
+    searched_ = usable_;
+  }
+  find_centre();
+  rescale(parallel);
+}
+
+// Finite codes; of equal ones only the lowest index, found by a hash table over all values.
+void Codes::find_usable(const Parallel& parallel) {
+  const int64_t k = given_.count;
+  std::vector<uint64_t> hash(k);
+  std::unique_ptr<bool[]> finite(new bool[k]);
+  parallel(k, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) hash[i] = kernels().inspect(given_.row(i), given_.dim, &finite[i]);
+  });
+  equal_.assign(k, -1);
+  usable_.reserve(k);
+  int64_t slots = 64;
+  while (slots < 2 * k) slots *= 2;
+  std::vector<int32_t> table(slots, -1);
+  for (int64_t i = 0; i < k; ++i) {
+    if (!finite[i]) continue;
+    int64_t at = (int64_t)(hash[i] >> 17) & (slots - 1);
+    for (;; at = (at + 1) & (slots - 1)) {
+      const int32_t other = table[at];
+      if (other < 0) break;
+      if (hash[other] == hash[i] && std::equal(given_.row(i), given_.row(i) + given_.dim, given_.row(other))) break;
+    }
+    if (table[at] < 0) {
+      table[at] = (int32_t)i;
+      usable_.push_back((int32_t)i);
+    }
+    equal_[i] = table[at];
+  }
+}
+
+// Cosine: c / |c|. Dot: [c, sqrt(M^2 - |c|^2)] / M with M the largest norm, so that the order of inner products is the order of
+// distances. Rounded to float32; the search widens its bounds by that error.
+void Codes::make_unit(const Parallel& parallel) {
+  const bool dot = exact_.metric == kDot;
+  const int64_t k = given_.count, dim = given_.dim + (dot ? 1 : 0);
+  norm_.assign(k, 0.0);
+  parallel((int64_t)usable_.size(), 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) norm_[usable_[i]] = exact_norm(given_.row(usable_[i]), given_.dim);
+  });
+  exact_.norm = norm_.data();
+  // A few codes far larger than all others would leave no resolution for the rest: those are tried exactly by every row.
+  std::vector<double> norms;
+  for (int32_t c : usable_) norms.push_back(norm_[c]);
+  const double ordinary = quantile(norms, 0.75) * 0x1p24;
+  for (int32_t c : usable_) {
+    const bool own_vector = dot ? norm_[c] <= ordinary : norm_[c] > 0;
+    (own_vector ? searched_ : always_).push_back(c);
+    if (own_vector) largest_norm_ = std::max(largest_norm_, norm_[c]);
+  }
+  // Equal cosine for all codes without direction: the lowest index stands for them.
+  if (!dot && always_.size() > 1) always_.resize(1);
+  if (dot && largest_norm_ == 0) {
+    always_.assign(1, searched_.empty() ? always_.front() : searched_.front());
+    searched_.clear();
+  }
+  largest_norm_ = sqrt(largest_norm_);
+  work_.owned.reset(new float[std::max<int64_t>(1, k * dim)]);
+  work_.data = work_.owned.get();
+  work_.ld = work_.dim = dim;
+  work_.count = k;
+  parallel((int64_t)searched_.size(), 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t c = searched_[i];
+      const float* from = given_.row(c);
+      float* to = work_.owned.get() + c * dim;
+      const double length = dot ? largest_norm_ : sqrt(norm_[c]);
+      for (int64_t d = 0; d < given_.dim; ++d) to[d] = (float)((double)from[d] / length);
+      if (dot) to[dim - 1] = (float)sqrt(std::max(0.0, 1.0 - norm_[c] / (length * length)));
+    }
+  });
+}
+
+// Mean of a sample of ordinary codes; any centre is valid, a good one makes the bounds tight.
+void Codes::find_centre() {
+  const int64_t dim = work_.dim;
+  centre_.assign(dim, 0.0f);
+  if (searched_.empty()) return;
+  const std::vector<int32_t> sample = sample_of(searched_, kSample);
+  // A coordinate-wise median first: no outlier can move it.
+  const std::vector<int32_t> few = sample_of(searched_, 33);
+  std::vector<float> column(few.size());
+  for (int64_t d = 0; d < dim; ++d) {
+    for (size_t i = 0; i < few.size(); ++i) column[i] = work_.row(few[i])[d];
+    std::nth_element(column.begin(), column.begin() + column.size() / 2, column.end());
+    centre_[d] = column[column.size() / 2];
+  }
+  std::vector<double> square(sample.size());
+  for (size_t i = 0; i < sample.size(); ++i) square[i] = kernels().centred_norm(work_.row(sample[i]), centre_.data(), dim);
+  const double ordinary = 16 * quantile(square, 0.75);
+  std::vector<double> mean(dim, 0.0);
+  int64_t count = 0;
+  for (size_t i = 0; i < sample.size(); ++i) {
+    if (square[i] > ordinary) continue;
+    ++count;
+    const float* row = work_.row(sample[i]);
+    for (int64_t d = 0; d < dim; ++d) mean[d] += row[d];
+  }
+  for (int64_t d = 0; d < dim; ++d) centre_[d] = (float)(mean[d] / std::max<int64_t>(1, count));
+  for (size_t i = 0; i < sample.size(); ++i) square[i] = kernels().centred_norm(work_.row(sample[i]), centre_.data(), dim);
+  typical_square_ = quantile(square, 0.75);
+}
+
+// Squares of very large or very small values would leave float32: bring the typical code to about norm 1 by a power of two.
+// What stays out of reach is dropped from the plans (kFarSquare), and far rows are searched by the exact formula (kWildSquare).
+void Codes::rescale(const Parallel& parallel) {
+  if (typical_square_ == 0 || (typical_square_ > 0x1p-30 && typical_square_ < 0x1p30)) return;
+  int exponent;
+  frexp(sqrt(typical_square_), &exponent);
+  exponent = std::max(-126, std::min(127, exponent));
+  scale_ = ldexpf(1.0f, -exponent);
+  std::unique_ptr<float[]> scaled(new float[work_.count * work_.dim]);
+  parallel(work_.count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t d = 0; d < work_.dim; ++d) scaled[i * work_.dim + d] = work_.row(i)[d] * scale_;
+  });
+  work_.owned = std::move(scaled);
+  work_.data = work_.owned.get();
+  work_.ld = work_.dim;
+  for (float& c : centre_) c *= scale_;
+  typical_square_ *= (double)scale_ * scale_;
+}
+
+// ---- dense -------------------------------------------------------------------------------------------------------------------
+
+DenseBuild::DenseBuild(const Codes& codes, double row_square, const Parallel& parallel) {
+  const std::vector<int32_t>& searched = codes.searched();
+  const int64_t k = (int64_t)searched.size(), dim = codes.work().dim, panels = (k + kPanel - 1) / kPanel;
+  // |computed - true| <= error * (|c|^2 / 2 + |x| |c|): dim fused steps from the rounded start, inputs rounded once when centred.
+  error = (kernels().ops_per_term * (dim + 4) + 8) * kUnitRoundoff * 1.01;
+  // |x| |c| <= (balance |x|^2 + |c|^2 / balance) / 2 splits the bound between row and code; best where balance = |c| / |x|.
+  const double ratio = row_square > 0 && codes.typical_square() > 0 ? sqrt(codes.typical_square() / row_square) : 1.0;
+  balance = std::min(0x1p30, std::max(0x1p-30, ratio));
+  const double of_code = error * (0.5 + 0.5 / balance);
+  storage.reset(new float[panels * kPanel * (dim + 2)]);
+  float* values = storage.get();
+  float* start = values + panels * kPanel * dim;
+  float* slack = start + panels * kPanel;
+  id.assign(panels * kPanel, 0);
+  const float* centre = codes.centre().data();
+  parallel(panels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      float* panel = values + p * dim * kPanel;
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t at = p * kPanel + lane;
+        if (at >= k) {
+          for (int64_t d = 0; d < dim; ++d) panel[d * kPanel + lane] = 0.0f;
+          start[at] = INFINITY;
+          slack[at] = 0.0f;
+          continue;
+        }
+        const float* row = codes.work().row(searched[at]);
+        double square = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const float v = (float)((double)row[d] - (double)centre[d]);
+          panel[d * kPanel + lane] = v;
+          square += (double)v * v;
+        }
+        id[at] = searched[at];
+        if (!(square < kFarSquare)) {
+          for (int64_t d = 0; d < dim; ++d) panel[d * kPanel + lane] = 0.0f;
+          start[at] = INFINITY;
+          slack[at] = 0.0f;
+          continue;
+        }
+        start[at] = nextafterf((float)(square * (0.5 - of_code)), -INFINITY);
+        slack[at] = nextafterf((float)(2 * of_code * square), INFINITY);
+      }
+    }
+  });
+  plan = {values, start, slack, id.data(), panels, dim};
+}
+
+}  // namespace vqfast

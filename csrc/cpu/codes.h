@@ -1,0 +1,112 @@
+// A codebook of one group, prepared for search: usable codes, their exact norms, a centre, and the two plans.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "search.h"
+#include "view.h"
+
+namespace vqfast {
+
+// What a caller remembers between calls; may cost time, never a code.
+struct Hints {
+  const int64_t* order = nullptr;  // [K] a permutation: panel order of an earlier call
+  const float* basis = nullptr;    // [directions, D]
+  int64_t directions = 0;
+  const int64_t* guess = nullptr;  // [rows] likely code of each row
+};
+
+// A row with |x - centre|^2 over kWildSquare is searched by the exact formula alone. For every other row a code with
+// |c - centre|^2 over kFarSquare is farther than the typical code, whose square is under 2^30, so the plans leave it out.
+constexpr double kWildSquare = 0x1p60;
+constexpr double kFarSquare = 0x1p100;
+
+// A binary tree over panels by which a row finds the panel it falls into.
+struct PanelTree {
+  struct Node {
+    int32_t coordinate;     // -1: leaf
+    float split;            // left when coordinate < split
+    int32_t left, right;    // nodes; a leaf keeps its panel in `left`
+  };
+  std::vector<Node> nodes;
+
+  int32_t panel_of(const float* coordinate) const {
+    int32_t at = 0;
+    while (nodes[at].coordinate >= 0)
+      at = coordinate[nodes[at].coordinate] < nodes[at].split ? nodes[at].left : nodes[at].right;
+    return nodes[at].left;
+  }
+};
+
+class Codes {
+ public:
+  Codes(const View& codebook, int64_t group, Metric metric, const Parallel& parallel);
+
+  const ExactCodes& exact() const { return exact_; }
+  Metric metric() const { return exact_.metric; }
+  int64_t dim() const { return exact_.dim; }
+  // Finite codes, equal ones represented by the lowest index, ascending.
+  const std::vector<int32_t>& usable() const { return usable_; }
+  // Codes that every row has to try by the exact formula (their unit vector does not exist, or they are out of scale).
+  const std::vector<int32_t>& always() const { return always_; }
+  // Lowest equal usable code, or -1.
+  int32_t representative(int64_t code) const { return code >= 0 && code < (int64_t)equal_.size() ? equal_[code] : -1; }
+  bool unit_vectors() const { return exact_.metric != kL2; }
+
+  // Vectors that the plans search in squared distance: codes as given (l2, scaled by a power of two when their size asks for
+  // it), or unit vectors (cosine, and dot with one more coordinate).
+  const Rows& work() const { return work_; }
+  float scale() const { return scale_; }
+  double largest_norm() const { return largest_norm_; }  // dot: the norm that fills the extra coordinate
+  const std::vector<int32_t>& searched() const { return searched_; }  // usable without always
+  const std::vector<float>& centre() const { return centre_; }
+  double typical_square() const { return typical_square_; }  // |code - centre|^2 that 3/4 of the codes stay under
+
+ private:
+  void find_usable(const Parallel&);
+  void make_unit(const Parallel&);
+  void find_centre();
+  void rescale(const Parallel&);
+
+  Rows given_;
+  Rows work_;
+  ExactCodes exact_;
+  std::vector<double> norm_;
+  std::vector<int32_t> usable_, always_, searched_, equal_;
+  std::vector<float> centre_;
+  float scale_ = 1.0f;
+  double largest_norm_ = 0, typical_square_ = 0;
+};
+
+// Everything in panels, all coordinates.
+struct DenseBuild {
+  DenseBuild(const Codes&, double row_square, const Parallel&);
+  DensePlan plan;
+  double error, balance;        // a row's allowance is error * balance * |x|^2 / 2 (+ tiny)
+  std::unique_ptr<float[]> storage;
+  std::vector<int32_t> id;
+};
+
+// Principal coordinates in k-d ordered panels with boxes.
+struct PanelBuild {
+  PanelBuild(const Codes&, const Hints&, const Parallel&);
+  PanelPlan plan;
+  PanelTree tree;
+  double captured = 0;          // share of the variance in the principal directions
+  float rest_rel = 0;
+  bool worth_it = false;        // false: the data has no principal directions, nothing else was built
+  std::vector<float> basis;     // [directions, dim]
+  std::vector<int32_t> order;   // searched codes in panel order
+
+ private:
+  void find_basis(const Codes&, const Hints&);
+  void project_codes(const Codes&, const Parallel&);
+  void find_order(const Hints&, const Codes&, const Parallel&);
+  void fill_panels(const Codes&, const Parallel&);
+
+  std::vector<PanelQuery> coordinates_;
+  std::vector<float> storage_;
+  std::vector<int32_t> id_;
+};
+
+}  // namespace vqfast

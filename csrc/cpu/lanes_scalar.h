@@ -1,0 +1,47 @@
+// Vectors of the portable level: four floats by the compiler's vector extension (SSE2, NEON, or plain code). No FMA.
+constexpr int W = 4;
+constexpr int kRows = 4;
+constexpr float kOpsPerTerm = 2.0f;
+typedef float V __attribute__((vector_size(16), aligned(4)));
+typedef int I __attribute__((vector_size(16)));
+typedef double D __attribute__((vector_size(16), aligned(8)));
+constexpr int WD = 2;
+inline V load(const float* p) { return V{p[0], p[1], p[2], p[3]}; }
+inline V load_part(const float* p, int n) {
+  V a = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) a[i] = p[i];
+  return a;
+}
+inline void store_part(float* p, V a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a[i];
+}
+inline void store(float* p, V a) { store_part(p, a, 4); }
+inline V set(float a) { return V{a, a, a, a}; }
+inline V add(V a, V b) { return a + b; }
+inline V sub(V a, V b) { return a - b; }
+inline V mul(V a, V b) { return a * b; }
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline V fnma(V a, V b, V c) { return c - a * b; }
+inline V min(V a, V b) { return a < b ? a : b; }
+inline V max(V a, V b) { return a > b ? a : b; }
+inline uint32_t less(V a, V b) {
+  I m = a < b;
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
+inline float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+inline float smallest(V a) {
+  float s = a[0];
+  for (int i = 1; i < 4; ++i) s = a[i] < s ? a[i] : s;
+  return s;
+}
+inline bool all_finite(V a) {
+  V zero = a - a;
+  I bad = zero != zero;
+  return (bad[0] | bad[1] | bad[2] | bad[3]) == 0;
+}
+inline D widen(const float* p) { return D{(double)p[0], (double)p[1]}; }
+inline D dsub(D a, D b) { return a - b; }
+inline D dmul(D a, D b) { return a * b; }
+inline void dstore(double* p, D a) { p[0] = a[0]; p[1] = a[1]; }
+inline D dload(const double* p) { return D{p[0], p[1]}; }
+inline D dadd(D a, D b) { return a + b; }

@@ -1,0 +1,309 @@
+#include "nearest.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cfloat>
+
+namespace vqfast {
+namespace {
+
+constexpr int kTilesPerBlock = 16;   // tiles of rows that share one pass over the panels
+constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
+enum RowState : uint8_t { kOrdinary = 0, kNotFinite = 1, kSettled = 2 };
+
+bool is_zero(const float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d)
+    if (row[d] != 0.0f) return false;
+  return true;
+}
+
+// What one row of a given work dimension looks like to the plans: scaled, or of unit length.
+void work_row(const Codes& codes, const float* exact, float* out) {
+  const int64_t dim = codes.dim();
+  if (!codes.unit_vectors()) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = exact[d] * codes.scale();
+    return;
+  }
+  double square = 0;
+  for (int64_t d = 0; d < dim; ++d) square += (double)exact[d] * exact[d];
+  const double factor = square > 0 ? (double)codes.scale() / sqrt(square) : 0.0;
+  for (int64_t d = 0; d < dim; ++d) out[d] = (float)(exact[d] * factor);
+  if (codes.metric() == kDot) out[dim] = 0.0f;
+}
+
+bool rows_need_work(const Codes& codes) { return codes.unit_vectors() || codes.scale() != 1.0f; }
+
+void start_row(Row* row, const float* exact) {
+  row->exact = exact;
+  row->best = INFINITY;
+  row->index = INT64_MAX;
+  row->count = 0;
+}
+
+}  // namespace
+
+double distance_of(const Codes& codes, const float* exact, double score) {
+  if (codes.metric() != kCosine || isnan(score)) return score;
+  double norm = 0;
+  for (int64_t d = 0; d < codes.dim(); ++d) norm += (double)exact[d] * (double)exact[d];
+  return norm > 0 ? 1.0 + score / sqrt(norm) : 1.0;
+}
+
+NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
+    : codes_(codes), parallel_(parallel) {
+  if (codes.searched().empty()) return;
+  if (road != Road::kDense && (road == Road::kPanels || panels_pay(rows, hints))) {
+    if (!panels_) panels_.reset(new PanelBuild(codes, hints, parallel));
+    if (panels_->worth_it) {
+      report_.road = Road::kPanels;
+      report_.panels_count = panels_->plan.panels_count;
+      return;
+    }
+  }
+  panels_.reset();
+  double square = 0;
+  int64_t counted = 0;
+  std::vector<float> work(codes.work().dim);
+  for (int64_t i = 0; i < std::min<int64_t>(rows.count, 64); ++i) {
+    work_row(codes, rows.row(i * rows.count / std::min<int64_t>(rows.count, 64)), work.data());
+    const double s = kernels().centred_norm(work.data(), codes.centre().data(), codes.work().dim);
+    if (s < kWildSquare) square += s, ++counted;
+  }
+  dense_.reset(new DenseBuild(codes, counted ? square / counted : 0, parallel));
+}
+
+NearestSearch::~NearestSearch() = default;
+
+// Decides from the size and from counts on a few rows, never from a clock: the same data takes the same road everywhere.
+bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
+  const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
+  if (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24) return false;
+  panels_.reset(new PanelBuild(codes_, hints, parallel_));
+  if (!panels_->worth_it) return false;
+  // A pilot: rows evenly spaced, one by one.
+  const int64_t n = std::min(rows.count, kPilotRows);
+  std::vector<float> work(codes_.work().dim);
+  PanelCounts counts{};
+  const PanelPlan& plan = panels_->plan;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* exact = rows.row(i * rows.count / n);
+    bool finite;
+    kernels().inspect(exact, codes_.dim(), &finite);
+    if (!finite) continue;
+    work_row(codes_, exact, work.data());
+    PanelQuery query;
+    kernels().project(work.data(), codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim, panels_->rest_rel,
+                      &query);
+    if (!(query.norm < (float)kWildSquare)) continue;
+    const int32_t zero = 0, first = panels_->tree.panel_of(query.coordinate);
+    double score;
+    int64_t index;
+    kernels().panels(plan, codes_.exact(), exact, 0, work.data(), 0, &query, &zero, &first, nullptr, 1, &score, &index, &counts);
+  }
+  if (counts.rows == 0) return false;
+  // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
+  // vectors of codes per pair of coordinates.
+  const double vectors = kPanel / 16.0;
+  const double panel = 2.0 * vectors * plan.width + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.width;
+  const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
+                        (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
+  const double dense = (double)counts.rows * k * dim / 16.0;
+  return pruned < 0.8 * dense;
+}
+
+void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
+  std::unique_ptr<uint8_t[]> state(new uint8_t[std::max<int64_t>(1, rows.count)]);
+  const bool no_code = codes_.usable().empty();
+  parallel_(rows.count, 1024, [&](int64_t begin, int64_t end) {
+    FloatMode mode;
+    for (int64_t i = begin; i < end; ++i) {
+      bool finite;
+      kernels().inspect(rows.row(i), rows.dim, &finite);
+      state[i] = finite && !no_code ? kOrdinary : kNotFinite;
+      if (state[i] == kNotFinite) {
+        score[i] = NAN;
+        index[i] = 0;
+      } else if (codes_.unit_vectors() && is_zero(rows.row(i), rows.dim)) {
+        state[i] = kSettled;  // every code scores 0
+        score[i] = 0.0;
+        index[i] = codes_.usable().front();
+      }
+    }
+  });
+  if (no_code) return;
+  if (panels_) run_panels(rows, state.get(), guess, score, index);
+  else run_dense(rows, state.get(), score, index);
+}
+
+void NearestSearch::brute_force(const float* exact, double* score, int64_t* index) const {
+  Row row;
+  start_row(&row, exact);
+  for (int32_t code : codes_.usable()) {
+    row.candidate[row.count] = code;
+    row.score[row.count++] = 0.0f;
+    if (row.count == kCandidates) kernels().settle(codes_.exact(), &row, 1);
+  }
+  kernels().settle(codes_.exact(), &row, 1);
+  *score = row.best;
+  *index = row.index;
+}
+
+void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* score, int64_t* index) {
+  const Kernels& k = kernels();
+  const int64_t dim = codes_.work().dim, per_tile = k.rows_per_tile;
+  const int64_t tiles = (rows.count + per_tile - 1) / per_tile;
+  const int64_t per_block =
+      std::max<int64_t>(1, std::min<int64_t>(kTilesPerBlock, tiles / std::max(1, 2 * parallel_.threads)));
+  const int64_t blocks = (tiles + per_block - 1) / per_block;
+  const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
+  parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
+    FloatMode mode;
+    std::unique_ptr<float[]> tile(new float[per_block * per_tile * dim]());
+    std::unique_ptr<Row[]> state_of(new Row[per_block * per_tile]);
+    std::vector<float> work(dim);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
+      const int64_t used = (last - first + per_tile - 1) / per_tile;
+      for (int64_t i = 0; i < used * per_tile; ++i) {
+        Row* row = &state_of[i];
+        const int64_t r = first + i;
+        start_row(row, r < last ? rows.row(r) : nullptr);
+        row->limit = -INFINITY;  // padding, rows that are not finite and wild rows collect nothing here
+        row->slack = 0;
+        float* to = tile.get() + (i / per_tile) * dim * per_tile + i % per_tile;
+        if (r >= last || state[r] != kOrdinary) {
+          for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
+          continue;
+        }
+        work_row(codes_, row->exact, work.data());
+        double square = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const float v = (float)((double)work[d] - (double)codes_.centre()[d]);
+          to[d * per_tile] = v;
+          square += (double)v * v;
+        }
+        if (!(square < kWildSquare)) {
+          for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
+          brute_force(row->exact, &row->best, &row->index);
+          continue;
+        }
+        row->limit = dense_ ? FLT_MAX : -INFINITY;
+        row->slack = dense_ ? (float)(dense_->error * dense_->balance * 0.5 * square * 1.01 + unit_slack + 1e-30) : 0.0f;
+        for (int32_t code : codes_.always()) {
+          row->candidate[row->count] = code;
+          row->score[row->count++] = -FLT_MAX;
+          if (row->count == kCandidates) k.settle(codes_.exact(), row, 1);
+        }
+      }
+      if (dense_) k.dense(dense_->plan, codes_.exact(), tile.get(), used, state_of.get());
+      else k.settle(codes_.exact(), state_of.get(), (int)(used * per_tile));
+      for (int64_t r = first; r < last; ++r) {
+        if (state[r] != kOrdinary) continue;
+        score[r] = state_of[r - first].best;
+        index[r] = state_of[r - first].index;
+      }
+    }
+  });
+}
+
+void NearestSearch::run_panels(const Rows& rows, const uint8_t* state, const int64_t* guess, double* score, int64_t* index) {
+  const int64_t n = rows.count, dim = codes_.work().dim;
+  const PanelPlan& plan = panels_->plan;
+  std::unique_ptr<float[]> work;
+  if (rows_need_work(codes_)) work.reset(new float[std::max<int64_t>(1, n * dim)]);
+  const float* work_rows = work ? work.get() : rows.data;
+  const int64_t work_ld = work ? dim : rows.ld;
+  std::unique_ptr<PanelQuery[]> queries(new PanelQuery[std::max<int64_t>(1, n)]);
+  std::vector<int32_t> first(n);
+  parallel_(n, 256, [&](int64_t begin, int64_t end) {
+    FloatMode mode;
+    for (int64_t i = begin; i < end; ++i) {
+      first[i] = -1;
+      if (state[i] != kOrdinary) continue;
+      if (work) work_row(codes_, rows.row(i), work.get() + i * dim);
+      kernels().project(work_rows + i * work_ld, codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim,
+                        panels_->rest_rel, &queries[i]);
+      if (!(queries[i].norm < (float)kWildSquare)) brute_force(rows.row(i), &score[i], &index[i]);
+      else first[i] = panels_->tree.panel_of(queries[i].coordinate);
+    }
+  });
+  // Rows grouped by the panel they fall into: neighbours share panels and candidates, which then stay in cache.
+  std::vector<int64_t> begin_of(plan.panels_count + 1, 0);
+  for (int64_t i = 0; i < n; ++i)
+    if (first[i] >= 0) ++begin_of[first[i] + 1];
+  for (int64_t p = 0; p < plan.panels_count; ++p) begin_of[p + 1] += begin_of[p];
+  const int64_t ordinary = begin_of[plan.panels_count];
+  std::vector<int32_t> order(ordinary);
+  for (int64_t i = 0; i < n; ++i)
+    if (first[i] >= 0) order[begin_of[first[i]]++] = (int32_t)i;
+  std::unique_ptr<int64_t[]> usable_guess;
+  if (guess) {
+    usable_guess.reset(new int64_t[n]);
+    for (int64_t i = 0; i < n; ++i) usable_guess[i] = codes_.representative(guess[i]);
+  }
+  const int64_t piece = 512;
+  const int64_t pieces = (ordinary + piece - 1) / piece;
+  std::vector<PanelCounts> counts(pieces);
+  parallel_(pieces, 1, [&](int64_t begin, int64_t end) {
+    FloatMode mode;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t from = p * piece, count = std::min(piece, ordinary - from);
+      kernels().panels(plan, codes_.exact(), rows.data, rows.ld, work_rows, work_ld, queries.get(), order.data() + from,
+                       first.data(), usable_guess.get(), count, score, index, &counts[p]);
+    }
+  });
+  for (const PanelCounts& c : counts) {
+    report_.counts.rows += c.rows;
+    report_.counts.groups += c.groups;
+    report_.counts.panels += c.panels;
+    report_.counts.evaluations += c.evaluations;
+    report_.counts.candidates += c.candidates;
+  }
+  if (codes_.always().empty()) return;
+  parallel_(n, 256, [&](int64_t begin, int64_t end) {
+    FloatMode mode;
+    Row row;
+    for (int64_t i = begin; i < end; ++i) {
+      if (first[i] < 0) continue;
+      start_row(&row, rows.row(i));
+      row.best = score[i];
+      row.index = index[i];
+      for (int32_t code : codes_.always()) {
+        row.candidate[row.count] = code;
+        row.score[row.count++] = 0;
+        if (row.count == kCandidates) kernels().settle(codes_.exact(), &row, 1);
+      }
+      kernels().settle(codes_.exact(), &row, 1);
+      score[i] = row.best;
+      index[i] = row.index;
+    }
+  });
+}
+
+void nearest(const View& x, const View& codebook, Metric metric, const Hints* hints, float* distance, int64_t* indices,
+             const Parallel& parallel, Road road, SearchReport* report) {
+  const int64_t groups = x.size[1], batches = x.size[0], per_batch = x.size[2];
+  if (batches * per_batch == 0) return;
+  FloatMode mode;
+  std::unique_ptr<double[]> score(new double[batches * per_batch]);
+  std::unique_ptr<int64_t[]> index(new int64_t[batches * per_batch]);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Rows rows = rows_of_group(x, g, parallel);
+    const Codes codes(codebook, g, metric, parallel);
+    NearestSearch search(codes, rows, hints[g], parallel, road);
+    search.run(rows, hints[g].guess, score.get(), index.get());
+    if (report) *report = search.report();
+    parallel(rows.count, 4096, [&](int64_t begin, int64_t end) {
+      FloatMode inner;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t to = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
+        distance[to] = (float)distance_of(codes, rows.row(i), score[i]);
+        indices[to] = index[i];
+      }
+    });
+  }
+}
+
+}  // namespace vqfast

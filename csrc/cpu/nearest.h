@@ -1,0 +1,46 @@
+// Nearest code of every row of one group, by the cheapest road; what quantize and residual share with nearest.
+#pragma once
+#include <memory>
+
+#include "codes.h"
+
+namespace vqfast {
+
+enum class Road : int { kAuto = 0, kDense = 1, kPanels = 2 };
+
+struct SearchReport {
+  Road road = Road::kDense;
+  PanelCounts counts{};
+  int64_t panels_count = 0;
+};
+
+// A search over one codebook; built once per call, used for any number of row sets (levels of a residual quantizer, say).
+class NearestSearch {
+ public:
+  NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road = Road::kAuto);
+  ~NearestSearch();
+
+  // score [count] by the contract's formula (NaN for a row that is not finite), index [count] (0 there).
+  void run(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
+  const SearchReport& report() const { return report_; }
+
+ private:
+  bool panels_pay(const Rows& rows, const Hints& hints);
+  void run_dense(const Rows& rows, const uint8_t* state, double* score, int64_t* index);
+  void run_panels(const Rows& rows, const uint8_t* state, const int64_t* guess, double* score, int64_t* index);
+  void brute_force(const float* exact, double* score, int64_t* index) const;
+
+  const Codes& codes_;
+  const Parallel& parallel_;
+  std::unique_ptr<DenseBuild> dense_;
+  std::unique_ptr<PanelBuild> panels_;
+  SearchReport report_;
+};
+
+// distance of a score: the contract's line 1.
+double distance_of(const Codes& codes, const float* exact_row, double score);
+
+void nearest(const View& x, const View& codebook, Metric metric, const Hints* hints_per_group, float* distance, int64_t* indices,
+             const Parallel& parallel, Road road, SearchReport* report);
+
+}  // namespace vqfast

@@ -1,0 +1,54 @@
+// Strided inputs of any supported dtype, brought to contiguous float rows. Torch-free.
+#pragma once
+#include <stdint.h>
+
+#include <memory>
+
+namespace vqfast {
+
+enum class Type : int { kFloat32, kFloat16, kBFloat16 };
+
+// x [B, G, N, D] or a codebook [1, G, K, D]; strides in elements.
+struct View {
+  const void* data;
+  Type type;
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+// Runs body(context, begin, end) over [0, n) in pieces of at least `grain`, on torch's threads.
+struct Parallel {
+  void (*run)(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  int threads;
+
+  template <class F>
+  void operator()(int64_t n, int64_t grain, F&& body) const {
+    if (n <= 0) return;
+    run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, (void*)&body);
+  }
+};
+
+// Rows [count, dim] of one group as floats: the input itself where it already lies so, else a widened copy.
+struct Rows {
+  const float* data = nullptr;
+  int64_t ld = 0;
+  int64_t count = 0;
+  int64_t dim = 0;
+  std::unique_ptr<float[]> owned;
+
+  const float* row(int64_t i) const { return data + i * ld; }
+};
+
+Rows rows_of_group(const View& view, int64_t group, const Parallel& parallel);
+
+// Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set.
+class FloatMode {
+ public:
+  FloatMode();
+  ~FloatMode();
+
+ private:
+  unsigned saved_;
+};
+
+}  // namespace vqfast
