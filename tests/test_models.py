@@ -436,9 +436,10 @@ def test_altered_settings_in_the_weights_are_noticed(saved):
     path = saved[1] / "model.safetensors"
     content = path.read_bytes()
     assert content.count(b'commitment_weight\\": 0.25') == 1
-    path.write_bytes(content.replace(b'commitment_weight\\": 0.25', b'commitment_weight\\": 0.75'))
-    with pytest.raises(ModelFileError, match="checksum"):
-        load_pretrained(saved[1])
+    for altered in (b'commitment_weight\\": 0.75', b'commitment_weight\\": 0.2{', b'commitment_weight\\"} 0.25'):
+        path.write_bytes(content.replace(b'commitment_weight\\": 0.25', altered))
+        with pytest.raises(ModelFileError, match="checksum"):
+            load_pretrained(saved[1])
 
 
 def test_files_of_two_models_do_not_mix(saved, tmp_path):
@@ -490,3 +491,16 @@ def test_a_save_that_dies_leaves_the_old_model(saved, monkeypatch):
             tiny(dim=8).save_pretrained(folder)
     assert load_pretrained(folder).config == model.config
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_hub_models_read_and_write_the_same_files(saved, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    from vqfast.models import hub
+
+    model, folder = saved
+    loaded = hub.VQVAE.from_pretrained(str(folder))
+    assert type(loaded) is hub.VQVAE and loaded.config == model.config
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert type(load_pretrained(tmp_path / "again")) is VQVAE
+    assert torch.equal(loaded(pictures()).reconstruction, model(pictures()).reconstruction)

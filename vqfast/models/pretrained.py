@@ -77,9 +77,10 @@ class PretrainedModel(nn.Module):
         folder = Path(folder)
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         settings = {"format": FORMAT, "model": _saved_class(type(self)), "config": dataclasses.asdict(self.config)}
-        text = json.dumps(settings, sort_keys=True)
+        # One entry, because safetensors writes several in random order: equal models give equal bytes.
+        header = json.dumps({**settings, "sha256": _checksum(settings, tensors)}, sort_keys=True)
         with atomic_file(folder / WEIGHTS_NAME) as file:
-            file.write(save(tensors, {"vqfast": text, "sha256": hash_tensors(tensors, text.encode())}))
+            file.write(save(tensors, {"vqfast": header}))
         write_atomic(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
         return folder
 
@@ -169,13 +170,20 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     text = header.get("vqfast")
     if text is None:
         raise ModelFileError(f"{path} is a safetensors file, but not one that vqfast's save_pretrained wrote")
-    if header.get("sha256") != hash_tensors(tensors, text.encode()):
+    try:
+        settings = dict(json.loads(text))
+    except (ValueError, TypeError):
+        settings = {}
+    if settings.pop("sha256", None) != _checksum(settings, tensors):
         raise ModelFileError(f"{path} does not match its checksum: the file was altered; copy it again")
-    settings = json.loads(text)
     if settings.get("format") != FORMAT:
         raise ModelFileError(f"{path} has format {settings.get('format')!r}, this vqfast reads {FORMAT!r}")
     _compare_config(folder, settings)
     return settings, tensors
+
+
+def _checksum(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    return hash_tensors(tensors, json.dumps(settings, sort_keys=True).encode())
 
 
 def _compare_config(folder: Path, settings: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .prior_blocks import ConditionStack
 from .pretrained import PretrainedModel
+from .vqvae import BitsPerDim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +169,9 @@ def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
 
 
 class HierarchicalPrior(nn.Module):
-    """p(top) p(next | top) ... p(bottom | the level above it): one prior per level, top first.
+    """p(top) p(next | top) ... p(bottom | the level above it): one prior per level, in the model's order, finest first.
 
-    Each prior but the first is conditioned on the codes of the level above. The priors are trained separately, each on
+    Each prior but the coarsest is conditioned on the codes of the level above. The priors are trained separately, each on
     true codes, and used together here.
 
     Source: Razavi et al. 2019 (1906.00446), section 3.2.
@@ -179,21 +180,22 @@ class HierarchicalPrior(nn.Module):
     def __init__(self, priors: Sequence[CodePrior]):
         super().__init__()
         self.priors = nn.ModuleList(priors)
-        for above, below in zip(priors, priors[1:]):
+        for below, above in zip(priors, priors[1:]):
             if below.config.condition_codes != above.config.codebook_size:
                 raise ValueError(
                     f"a level has {above.config.codebook_size} codes, but the prior below it was built with condition_codes"
-                    f" = {below.config.condition_codes}; they must be equal, levels given top first."
+                    f" = {below.config.condition_codes}; they must be equal, priors given finest level first."
                 )
-        if priors and priors[0].config.condition_codes:
-            raise ValueError("the first prior has condition_codes; levels are given top first, and the top has none above it.")
+        if not priors or priors[-1].config.condition_codes:
+            raise ValueError("the last prior is the coarsest level's, which has none above it: its condition_codes must be 0.")
 
     def log_prob(self, levels: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Exact log p of all levels in nats. Shapes: levels top first, each [B, H, W] -> [B] float64."""
-        self._check_levels(levels)
+        """Exact log p of all levels in nats. Shapes: levels finest first, each [B, H, W] -> [B] float64."""
+        if len(levels) != len(self.priors):
+            raise ValueError(f"{len(levels)} levels of codes were given, this hierarchy has {len(self.priors)}.")
         return sum(
             prior.log_prob(codes, labels if prior.config.classes else None, above)
-            for prior, codes, above in zip(self.priors, levels, [None, *levels[:-1]])
+            for prior, codes, above in zip(self.priors, levels, [*levels[1:], None])
         )
 
     def bits_per_dim(self, levels: Sequence[Tensor], dims: int, labels: Tensor | None = None) -> Tensor:
@@ -201,19 +203,36 @@ class HierarchicalPrior(nn.Module):
         return -self.log_prob(levels, labels) / (math.log(2) * dims)
 
     def sample(self, count: int, height: int, width: int, **options) -> list[Tensor]:
-        """Draw all levels, top first; height and width are the top level's. Options as `sample_codes`, seed shared safely."""
+        """Draw all levels, finest first; height and width are the coarsest level's. Options as `sample_codes`; each level has its own noise."""
         labels, seed = options.pop("labels", None), options.pop("seed", 0)
-        above, levels = None, []
-        for depth, prior in enumerate(self.priors):
+        levels: list[Tensor] = []
+        for depth, prior in enumerate(reversed(self.priors)):
             scale = prior.config.condition_scale if depth else 1
             height, width = height * scale, width * scale
-            above = prior.sample(
-                count, height, width, condition=above, labels=labels if prior.config.classes else None,
-                seed=seed + depth * 0x9E3779B9, **options,
-            )
-            levels.append(above)
+            above = levels[0] if levels else None
+            known = labels if prior.config.classes else None
+            codes = prior.sample(count, height, width, condition=above, labels=known, seed=seed + depth * _LEVEL_SEED, **options)
+            levels.insert(0, codes)
         return levels
 
-    def _check_levels(self, levels: Sequence[Tensor]) -> None:
-        if len(levels) != len(self.priors):
-            raise ValueError(f"{len(levels)} levels of codes were given, this hierarchy has {len(self.priors)}, top first.")
+
+_LEVEL_SEED = 0x9E3779B9
+
+
+def image_bits_per_dim(model, prior: CodePrior | HierarchicalPrior, x: Tensor, labels: Tensor | None = None, scale: float | None = None):
+    """The bound -log2 p(x | codes) - log2 p(codes) per picture dimension, with a learned prior over the codes.
+
+    Args:
+        model: a VQVAE (one group) or VQVAE2; its likelihood scores the pictures exactly (see its `bits_per_dim`).
+        prior: over the model's codes; several levels take a HierarchicalPrior.
+        x: [B, C, H, W] pictures in [-0.5, 0.5].
+        labels: for a prior with classes. scale: as `model.bits_per_dim`.
+
+    Returns:
+        BitsPerDim(total, reconstruction, latents), float64, mean over the batch.
+    """
+    reconstruction = model.bits_per_dim(x, scale).reconstruction
+    levels = model.encode(x)
+    log_prob = prior.log_prob(levels, labels) if isinstance(prior, HierarchicalPrior) else prior.log_prob(*levels, labels)
+    latents = -log_prob.mean().to(reconstruction) / (math.log(2) * x[0].numel())
+    return BitsPerDim(reconstruction + latents, reconstruction, latents)
