@@ -163,8 +163,6 @@ def choose(family: str, backend: str | None, *tensors: torch.Tensor) -> str:
     return _choose(family, backend, *_metadata(tensors))
 
 
-# A function of metadata alone, so that a compiled or exported graph holds the choice as a constant.
-@torch.compiler.assume_constant_result
 def _choose(family: str, backend: str | None, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     if backend is not None:
         _check_name(backend, "backend=")
@@ -181,6 +179,11 @@ def _choose(family: str, backend: str | None, device: str, dtypes: tuple[torch.d
         if not _reasons(family, candidate, device, dtypes):
             return candidate
     return "reference"
+
+
+# A function of metadata alone, so that a compiled or exported graph holds the choice as a constant. The decorator
+# torch.compiler.assume_constant_result sets this same mark, but imports torch._dynamo and with it Triton.
+_choose._dynamo_marked_constant = True
 
 
 def explain(family: str, *tensors: torch.Tensor) -> str:

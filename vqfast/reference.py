@@ -102,8 +102,8 @@ class _Screen:
         x = x - self.centre
         score = torch.addmm(self.offset, x, self.codes.T, alpha=-1)
         length = x.square().sum(-1, keepdim=True).sqrt()
-        # Rounding of a D-term dot product and of the centring, generously: (D + 16) ulps of |c|^2/2 + |x||c|.
-        bound = (x.shape[-1] + 16) * torch.finfo(torch.float64).eps * (self.scale.square() / 2 + length * self.scale)
+        # Rounding of a D-term dot product, of the centring and of the formula itself, generously: (D + 16) ulps of |c|^2 + |x|^2.
+        bound = (x.shape[-1] + 16) * torch.finfo(torch.float64).eps * (self.scale.square() + length.square())
         best = (score + bound).min(-1, keepdim=True).values
         near = score - bound <= best
         return near | ~best.isfinite()
@@ -132,10 +132,11 @@ def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     g, k, d = codebook.shape
     if indices.device.type == "cpu" and indices.numel() and (int(indices.min()) < -1 or int(indices.max()) >= k):
         raise IndexError(index_error(indices, k))
-    flat = indices.transpose(0, 1).reshape(g, -1)
+    b, _, n = indices.shape
+    flat = indices.transpose(0, 1).reshape(g, b * n)
     rows = codebook.gather(1, flat.clamp(0, k - 1)[..., None].expand(-1, -1, d))
     rows = torch.where((flat >= 0)[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-    return rows.reshape(g, indices.shape[0], -1, d).transpose(0, 1).contiguous()
+    return rows.reshape(g, b, n, d).transpose(0, 1).contiguous()
 
 
 def index_error(indices: Tensor, codebook_size: int) -> str:
@@ -175,9 +176,11 @@ def ema_update_(
     A code whose size falls under eps, and a frozen code, keep their value. A group without any row changes nothing.
     """
     any_row = counts.sum(-1, keepdim=True) > 0  # [G, 1]
-    keep = torch.where(any_row, decay, 1.0).to(cluster_size.dtype)
-    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * (1 - keep))
-    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * (1 - keep)[..., None])
+    # Both factors are rounded from double: 1 - decay taken in float32 would be off by percents for a decay near 1.
+    keep = torch.where(any_row, torch.tensor(decay, dtype=torch.float64, device=counts.device), 1.0)
+    keep, take = keep.to(cluster_size.dtype), (1.0 - keep).to(cluster_size.dtype)
+    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * take)
+    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * take[..., None])
     mean = cluster_sum / cluster_size.clamp(min=eps)[..., None]
     # A mean that overflowed would turn a finite code into a non-finite one: such a code also keeps its value.
     moves = (any_row & (cluster_size >= eps))[..., None] & mean.isfinite().all(-1, keepdim=True)
@@ -199,7 +202,9 @@ def quantize(
     finite = ~distance.isnan()
     valid = finite if mask is None else finite & mask[:, None, :]
     difference = torch.where(valid[..., None], x.to(torch.float64) - quantized.to(torch.float64), 0.0)
-    sq_error = difference.square().sum().to(torch.float64).expand(2).contiguous()
+    # A running sum over rows: its bits do not depend on how many threads share the work.
+    row_error = torch.nn.functional.pad(difference.square().sum(-1).flatten(), (1, 0))
+    sq_error = row_error.cumsum(0)[-1].expand(2).contiguous()
     quantized = torch.where(finite[..., None], quantized.to(x.dtype), torch.nan)
     nonfinite = (~finite if mask is None else ~finite & mask[:, None, :]).sum()
     if mask is not None:

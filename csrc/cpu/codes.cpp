@@ -160,6 +160,7 @@ void Codes::find_centre() {
 // Squares of very large or very small values would leave float32: bring the typical code to about norm 1 by a power of two.
 // What stays out of reach is dropped from the plans (kFarSquare), and far rows are searched by the exact formula (kWildSquare).
 void Codes::rescale(const Parallel& parallel) {
+  if (unit_vectors()) return;  // of size 1 already, and their rounding allowance is in that unit
   if (typical_square_ == 0 || (typical_square_ > 0x1p-30 && typical_square_ < 0x1p30)) return;
   int exponent;
   frexp(sqrt(typical_square_), &exponent);

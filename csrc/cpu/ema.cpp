@@ -89,7 +89,7 @@ void ema_update(float* codebook, float* cluster_size, float* cluster_sum, const 
   int64_t rows = 0;
   for (int64_t c = 0; c < codes; ++c) rows += counts[c];
   if (rows == 0) return;
-  const float keep = (float)decay, take = 1.0f - keep, least = (float)eps;
+  const float keep = (float)decay, take = (float)(1.0 - decay), least = (float)eps;
   parallel(codes, 256, [&](int64_t begin, int64_t end) {
     FloatMode mode;
     std::vector<float> mean(dim);

@@ -158,6 +158,8 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
       std::max<int64_t>(1, std::min<int64_t>(kTilesPerBlock, tiles / std::max(1, 2 * parallel_.threads)));
   const int64_t blocks = (tiles + per_block - 1) / per_block;
   const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
+  // The contract's own rounding in float64, which decides between codes that are equally far in truth.
+  const double of_formula = (dim + 8) * 0x1p-52;
   parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
     FloatMode mode;
     std::unique_ptr<float[]> tile(new float[per_block * per_tile * dim]());
@@ -190,7 +192,7 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
           continue;
         }
         row->limit = dense_ ? FLT_MAX : -INFINITY;
-        row->slack = dense_ ? (float)(dense_->error * dense_->balance * 0.5 * square * 1.01 + unit_slack + 1e-30) : 0.0f;
+        row->slack = dense_ ? (float)(dense_->error * dense_->balance * 0.5 * square * 1.01 + of_formula * square + unit_slack + 1e-30) : 0.0f;
         for (int32_t code : codes_.always()) {
           row->candidate[row->count] = code;
           row->score[row->count++] = -FLT_MAX;

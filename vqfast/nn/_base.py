@@ -30,7 +30,8 @@ class QuantizerBase(nn.Module):
 
     def __init__(self, dim, codebook_size, *, metric, groups, codebook_dim, channel_dim, process_group):
         super().__init__()
-        for name, value in (("dim", dim), ("codebook_size", codebook_size), ("groups", groups)):
+        sizes = {"dim": dim, "codebook_size": codebook_size, "groups": groups}
+        for name, value in (sizes | ({} if codebook_dim is None else {"codebook_dim": codebook_dim})).items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         self.metric_code = _shapes.check_metric(metric)

@@ -19,9 +19,10 @@ def debiased_(codebook: Tensor, cluster_size: Tensor, cluster_sum: Tensor, step:
     Source: Sonnet's VectorQuantizerEMA. A code that no row ever chose goes to zero under this rule.
     """
     any_row = (counts.sum(-1) > 0)[..., None]  # [S, 1]; a step without rows changes nothing
-    keep = torch.where(any_row, decay, 1.0).to(cluster_size.dtype)
-    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * (1 - keep))
-    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * (1 - keep)[..., None])
+    keep = torch.where(any_row, torch.tensor(decay, dtype=torch.float64, device=counts.device), 1.0)
+    keep, take = keep.to(cluster_size.dtype), (1.0 - keep).to(cluster_size.dtype)
+    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * take)
+    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * take[..., None])
     bias = 1 - torch.as_tensor(decay, dtype=torch.float64, device=step.device) ** step.to(torch.float64)
     bias = bias.clamp(min=torch.finfo(torch.float64).tiny).to(cluster_size.dtype)
     size = cluster_size / bias

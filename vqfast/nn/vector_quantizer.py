@@ -42,7 +42,7 @@ class _Quantizer(QuantizerBase):
             channel_dim=channel_dim,
             process_group=process_group,
         )
-        if commitment_weight < 0 or revive_below < 0:
+        if not (commitment_weight >= 0 and revive_below >= 0):
             raise ValueError(f"commitment_weight and revive_below must not be negative, got {commitment_weight}, {revive_below}.")
         self.commitment_weight, self.revive_below, self.auto_update = commitment_weight, revive_below, auto_update
         self._any_frozen = False

@@ -31,20 +31,25 @@ def check_metric(metric: str) -> int:
     return METRICS[metric]
 
 
-def check_codebook(codebook: Tensor) -> Tensor:
-    """[K, D] or [G, K, D] -> [G, K, D]."""
+def check_codebook(codebook: Tensor, beside: str = "") -> Tensor:
+    """[K, D] or [G, K, D] -> [G, K, D]; `beside` describes the other tensor of the call."""
     check_float("codebook", codebook)
     if codebook.dim() not in (2, 3):
-        raise ValueError(f"codebook must be [K, D] or [G, K, D], got {describe(codebook)}.")
+        raise ValueError(
+            f"{beside}codebook is {describe(codebook)}: it must be [K, D] or, with groups, [G, K, D]. Reshape it."
+        )
     if codebook.numel() == 0:
-        raise ValueError(f"codebook is {describe(codebook)}: it needs at least one group, one code and one dimension.")
+        raise ValueError(
+            f"{beside}codebook is {describe(codebook)}: it needs at least one group, one code and one dimension. Pass a codebook"
+            " that is not empty."
+        )
     return codebook if codebook.dim() == 3 else codebook[None]
 
 
 def canonical(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Check x against codebook and bring both to [B, G, N, D] and [G, K, D], without a copy where strides allow."""
     check_float("x", x)
-    grouped = check_codebook(codebook)
+    grouped = check_codebook(codebook, f"x is {describe(x)}, ")
     both = f"x is {describe(x)}, codebook is {describe(codebook)}"
     if x.dim() < 1 or x.shape[-1] != codebook.shape[-1]:
         raise ValueError(
@@ -59,15 +64,13 @@ def canonical(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
                 f"{both}: a grouped codebook [G, K, D] needs x of shape [..., G, N, D] with the same G. Use"
                 " x.unflatten(-1, (G, D)).movedim(-2, -3) to split channels into groups."
             )
-        return _collapse_leading(x), grouped
+        return collapse_leading(x, 3), grouped
     return _rows(x), grouped
 
 
-def _collapse_leading(x: Tensor) -> Tensor:
-    """[..., G, N, D] -> [B, G, N, D]."""
-    if x.dim() == 4:
-        return x
-    return x[None] if x.dim() == 3 else x.flatten(0, -4)
+def collapse_leading(x: Tensor, kept: int) -> Tensor:
+    """All axes but the last `kept` as one: [..., G, N, D] -> [B, G, N, D] with kept = 3."""
+    return x[None] if x.dim() == kept else x.flatten(0, -kept - 1)
 
 
 def _rows(x: Tensor) -> Tensor:

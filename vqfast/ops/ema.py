@@ -135,3 +135,6 @@ def ema_update_(
     chosen = _backends.choose("ema", backend, *state[:3])
     with torch.no_grad():
         _border.call("ema_update_", chosen)(*state, frozen, decay, eps)
+    if not torch.compiler.is_compiling():
+        # Native kernels write unseen by autograd: a codebook saved for backward must not pass for unchanged.
+        torch.autograd.graph.increment_version((codebook, cluster_size, cluster_sum))

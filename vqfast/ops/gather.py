@@ -25,10 +25,29 @@ def _backward(ctx, grad):
     return scatter(grad, indices, ctx.codebook_size).to(ctx.dtype), None
 
 
+class Scatter(torch.autograd.Function):
+    """The transpose of gather; linear, so its own gradient is gather again (a gradient penalty needs that)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, indices, codebook_size):
+        return _border.call("code_stats", _backends.choose("ema", None, rows))(rows, indices, codebook_size)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        return _border.call("gather", _backends.choose("gather", None, grad))(grad, indices).to(ctx.dtype), None, None
+
+
 def scatter(rows: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
-    """Sum rows [B, G, N, D] by index [B, G, N] into [G, K, D]: the transpose of gather, in a fixed order."""
-    chosen = _backends.choose("ema", None, rows)
-    return _border.call("code_stats", chosen)(rows, indices, codebook_size)[0]
+    """Sum rows [B, G, N, D] by index [B, G, N] into [G, K, D], in a fixed order."""
+    return Scatter.apply(rows, indices, codebook_size)
 
 
 _border.define(
@@ -44,6 +63,8 @@ _border.define(
 
 class Gather(torch.autograd.Function):
     """gather with its gradient: d codebook[g, k] = sum of the gradients of the rows that took code k."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(codebook, indices, backend):
@@ -78,8 +99,8 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
 
     Gradient: to the codebook, summed in float64 in a fixed order (deterministic).
     """
-    groups = _shapes.check_codebook(codebook)
     indices = _shapes.check_indices("indices", indices)
+    groups = _shapes.check_codebook(codebook, f"indices are {_shapes.describe(indices)}, ")
     if indices.device != codebook.device:
         raise ValueError(
             f"codebook is {_shapes.describe(codebook)}, indices are {_shapes.describe(indices)}: both must be on one device."
@@ -90,7 +111,7 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
             " needs indices [..., G, N] with the same G."
         )
     _shapes.check_range(indices, groups.shape[1], validate)
-    flat = indices.reshape(-1, *indices.shape[-2:]) if codebook.dim() == 3 else indices.reshape(1, 1, -1)
+    flat = _shapes.collapse_leading(indices, 2) if codebook.dim() == 3 else indices.reshape(1, 1, indices.numel())
     chosen = _backends.choose("gather", backend, groups)
     rows = _apply(groups, flat, chosen)
     return rows.reshape(*indices.shape, codebook.shape[-1])

@@ -56,10 +56,11 @@ def _setup_context(ctx, inputs, output):
     quantized, indices = output[0], output[2]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    # The rows just written are the codes themselves, unless x is narrower than the codebook: then keep the codebook.
-    ctx.exact_rows = x.dtype == codebook.dtype
+    # The rows just written are the codes themselves. Where x is narrower than the codebook they are not, and where the codebook
+    # learns by gradient its second derivative needs it: then keep the codebook.
+    ctx.keeps_codebook = x.dtype != codebook.dtype or ctx.needs_input_grad[1]
     ctx.codebook_size, ctx.codebook_dtype = codebook.shape[1], codebook.dtype
-    ctx.save_for_backward(x, quantized if ctx.exact_rows else codebook, indices)
+    ctx.save_for_backward(x, codebook if ctx.keeps_codebook else quantized, indices)
     ctx.masked = mask is not None
     ctx.input_count = len(inputs)
 
@@ -71,13 +72,14 @@ def _backward(ctx, grad_quantized, grad_error, *_):
     if ctx.needs_input_grad[0] and grad_quantized is not None:
         grad_x = torch.where((indices >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
     if grad_error is not None:
-        if not ctx.exact_rows:
+        if ctx.keeps_codebook:
             codes = _border.call("gather", _backends.choose("gather", None, codes))(codes, indices)
-        rest = difference(x, codes, indices)  # [B, G, N, D], x - code, 0 at rows that do not count
         if ctx.needs_input_grad[0]:
+            rest = difference(x, codes.detach(), indices)  # [B, G, N, D], x - code, 0 at rows that do not count
             commitment = (rest * (2 * grad_error[0]).to(rest.dtype)).to(x.dtype)
             grad_x = commitment if grad_x is None else grad_x + commitment
         if ctx.needs_input_grad[1]:
+            rest = difference(x.detach(), codes, indices)
             sums = scatter(rest, indices, ctx.codebook_size)
             grad_codebook = (sums * (-2 * grad_error[1]).to(sums.dtype)).to(ctx.codebook_dtype)
     return grad_x, grad_codebook, *(None,) * (ctx.input_count - 2)

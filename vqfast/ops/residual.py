@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes, quantize
@@ -82,6 +83,7 @@ class Residual(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         return _backward(ctx, *grads)
 
