@@ -81,8 +81,7 @@ class Trainer:
             self._init_codebooks()
         self.forward = self.model
         if ranks.world_size > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.forward = ranks.parallel(self.model)
 
     def run(self) -> Outcome:
         """Trains to the last step, or until Ctrl-C or SIGTERM; saves either way.
@@ -121,6 +120,12 @@ class Trainer:
                 self._export()
             self.log.close()
         return Outcome(self.step, not done, last or (self.log.lines[-1] if self.ranks.first and self.log.lines else {}))
+
+    def close(self) -> None:
+        """Lets go of the data-parallel wrapper; needed before the process group ends, see :meth:`Ranks.release`."""
+        if self.forward is not self.model:
+            self.forward = self.model
+            self.ranks.release()
 
     # ---- one step ----
 

@@ -65,7 +65,10 @@ def _train(config: Config, folder: Path, start, say: Say, watch, notes: list[str
             talk(line)
         if watch is not None:
             watch(trainer)
-        outcome = trainer.run()
+        try:
+            outcome = trainer.run()
+        finally:
+            trainer.close()
         if outcome.interrupted:
             talk(f"stopped at step {outcome.step} of {config.train.steps}; everything is saved. Go on with:\n"
                  f"  vqfast train --resume {folder}")
