@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from vqfast.models.pixelcnn import PIXELCNN_PRESETS, GatedPixelCNN, PixelCNN
 from vqfast.models.pixelsnail import PIXELSNAIL_PRESETS, PixelSNAIL
 from vqfast.models.prior_blocks import CausalAttention, CausalConv2d, GatedLayer, place_features
-from vqfast.models.priors import HierarchicalPrior
+from vqfast.models.priors import HierarchicalPrior, image_bits_per_dim
+from vqfast.models.vqvae import VQVAE
+from vqfast.models.vqvae2 import VQVAE2, VQVAE2_PRESETS
 
 TINY = {
     GatedPixelCNN: dict(channels=8, layers=3, first_kernel_size=5, head_channels=16),
@@ -169,13 +171,13 @@ def test_probabilities_of_all_maps_sum_to_one(kind):
 def test_a_hierarchy_sums_to_one_over_both_levels():
     top = build(GatedPixelCNN, codebook_size=2, classes=2).double()
     bottom = build(PixelSNAIL, codebook_size=2, condition_codes=2, condition_channels=6, condition_layers=1).double()
-    both = HierarchicalPrior([top, bottom])
+    both = HierarchicalPrior([bottom, top])
     every = torch.tensor(list(itertools.product(range(2), repeat=5)))
-    levels = [every[:, :1].view(-1, 1, 1), every[:, 1:].view(-1, 2, 2)]
+    levels = [every[:, 1:].view(-1, 2, 2), every[:, :1].view(-1, 1, 1)]
     labels = torch.ones(len(every), dtype=torch.int64)
     log_prob = both.log_prob(levels, labels)
     assert abs(torch.logsumexp(log_prob, 0).item()) < 1e-12
-    expected = top.log_prob(levels[0], labels) + bottom.log_prob(levels[1], None, levels[0])
+    expected = top.log_prob(levels[1], labels) + bottom.log_prob(levels[0], None, levels[1])
     torch.testing.assert_close(log_prob, expected)
     torch.testing.assert_close(both.bits_per_dim(levels, 12, labels), -expected / math.log(2) / 12)
 
@@ -289,3 +291,95 @@ def test_parameter_count_of_the_gated_pixelcnn():
     expected = k * c + layers + (c + 1) * head + (head + 1) * k
     with torch.device("meta"):
         assert sum(p.numel() for p in GatedPixelCNN().parameters()) == expected
+
+
+# ---- VQ-VAE-2 ------------------------------------------------------------------------------------------------------
+
+
+def small_vqvae2(levels=3, **fields):
+    torch.manual_seed(4)
+    settings = dict(hidden=8, residual_hidden=4, residual_layers=1, stages=1, dims=(3, 4, 5)[:levels], codebook_sizes=(6, 7, 8)[:levels])
+    return VQVAE2(**{**settings, **fields})
+
+
+def test_vqvae2_codes_decode_to_what_forward_reconstructs():
+    model = small_vqvae2().eval()
+    x = torch.rand(2, 3, 16, 24) - 0.5
+    out, codes = model(x), model.encode(x)
+    assert [tuple(c.shape) for c in codes] == [(2, 8, 12), (2, 4, 6), (2, 2, 3)]
+    assert [c.shape[1:] for c in codes] == [torch.Size(s) for s in model.latent_shapes(16, 24)]
+    for level, code in zip(out.levels, codes):
+        assert torch.equal(level.indices, code)
+    # The same convolutions on the same codes; only the straight-through x + (q - x) rounds differently.
+    torch.testing.assert_close(model.decode(codes), out.reconstruction, rtol=1e-4, atol=1e-5)
+    total = out.reconstruction_loss + sum(level.loss for level in out.levels)
+    torch.testing.assert_close(out.loss, total)
+    assert abs(model.bits_per_pixel() - sum(c[0].numel() * math.log2(k) for c, k in zip(codes, (6, 7, 8))) / (16 * 24)) < 1e-9
+
+
+def test_vqvae2_finer_levels_see_the_coarser_ones():
+    """Another coarse code changes the finer codes of the same picture, and the picture of the same fine codes."""
+    model = small_vqvae2(2).eval()
+    x = torch.rand(4, 3, 16, 16) - 0.5
+    fine, coarse = model.encode(x)
+    picture = model.decode([fine, coarse])
+    assert not torch.equal(model.decode([fine, (coarse + 1) % 7]), picture)
+    model.quantizers_[1].set_codebook_(10 * torch.randn(7, 4))
+    assert not torch.equal(model.encode(x)[0], fine)
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "loss"])
+def test_vqvae2_trains_every_parameter(quantizer):
+    model = small_vqvae2(quantizer=quantizer)
+    x = torch.rand(2, 3, 16, 16) - 0.5
+    before = [q.codebook.detach().clone() for q in model.quantizers]
+    model(x).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    if quantizer == "ema":
+        assert all(not torch.equal(b, q.codebook) for b, q in zip(before, model.quantizers))
+
+
+def test_vqvae2_codebooks_from_k_means_files_and_errors(tmp_path):
+    model = small_vqvae2().eval()
+    x = torch.rand(8, 3, 16, 16) - 0.5
+    before = model(x).loss
+    model.init_codebooks_(x)
+    assert model(x).loss < before
+    loaded = VQVAE2.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert loaded.config == model.config and torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        model(x[..., :12])
+    with pytest.raises(ValueError, match="finest first"):
+        model.decode(model.encode(x)[::-1])
+    with pytest.raises(ValueError, match="one entry per level"):
+        small_vqvae2(codebook_sizes=(4,))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "shapes"),
+    [("imagenet256", 256, [(64, 64), (32, 32)]), ("ffhq1024", 1024, [(128, 128), (64, 64), (32, 32)])],
+)
+def test_vqvae2_presets_have_the_papers_shapes(preset, size, shapes):
+    with torch.device("meta"):
+        model = VQVAE2(VQVAE2_PRESETS[preset])
+    assert model.latent_shapes(size, size) == shapes
+    assert model.config.codebook_sizes == (512,) * len(shapes) and model.config.dims == (64,) * len(shapes)
+    # The final decoder sees all levels: 64 channels each.
+    assert model.decoders[0].conv.in_channels == 64 * len(shapes)
+
+
+def test_bits_of_whole_pictures_add_the_priors_bits_to_the_likelihoods():
+    x = torch.rand(2, 3, 16, 16) - 0.5
+    one = VQVAE(hidden=8, residual_hidden=4, residual_layers=1, dim=4, codebook_size=6, likelihood="discretized_logistic").eval()
+    prior = build(GatedPixelCNN, codebook_size=6)
+    got = image_bits_per_dim(one, prior, x)
+    wanted = -prior.log_prob(*one.encode(x)).mean() / math.log(2) / (3 * 16 * 16)
+    torch.testing.assert_close(got.latents, wanted)
+    torch.testing.assert_close(got.total, wanted + one.bits_per_dim(x).reconstruction)
+    two = small_vqvae2(2, likelihood="discretized_logistic").eval()
+    top = build(GatedPixelCNN, codebook_size=7)
+    bottom = build(GatedPixelCNN, codebook_size=6, condition_codes=7, condition_channels=4)
+    hierarchy = HierarchicalPrior([bottom, top])
+    got = image_bits_per_dim(two, hierarchy, x)
+    torch.testing.assert_close(got.latents, hierarchy.bits_per_dim(two.encode(x), 3 * 16 * 16).mean())

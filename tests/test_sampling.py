@@ -332,10 +332,11 @@ def test_a_hierarchy_samples_each_level_from_its_prior():
     top = build(GatedPixelCNN, codebook_size=7, condition_codes=0)
     bottom = build(PixelSNAIL, classes=0)
     labels = torch.tensor([0, 1])
-    levels = HierarchicalPrior([top, bottom]).sample(2, 2, 3, labels=labels, seed=5)
-    same(levels[0], sample_codes(top, 2, 2, 3, labels=labels, seed=5))
-    assert levels[1].shape == (2, 4, 6)
-    assert HierarchicalPrior([top, bottom]).log_prob(levels, labels).isfinite().all()
+    prior = HierarchicalPrior([bottom, top])
+    levels = prior.sample(2, 2, 3, labels=labels, seed=5)
+    same(levels[1], sample_codes(top, 2, 2, 3, labels=labels, seed=5))
+    assert levels[0].shape == (2, 4, 6)
+    assert prior.log_prob(levels, labels).isfinite().all()
 
 
 @native
