@@ -69,18 +69,20 @@ def pictures(tmp_path_factory):
     return folder
 
 
-# Joining and leaving a group again and again. Without Ranks.release this hangs within a few rounds: see there.
+# Joining and leaving a group again and again. Without Trainer.close this hangs within a few rounds: see Ranks.release.
 LEAVING = """
 import os, sys, torch
+from vqfast.train.loop import Trainer
 from vqfast.train.ranks import start_ranks
 def work():
-    with start_ranks("cpu") as ranks:
-        model = ranks.parallel(torch.nn.Linear(4, 4))
+    trainer = Trainer.__new__(Trainer)
+    with start_ranks("cpu") as trainer.ranks:
+        trainer.model = torch.nn.Linear(4, 4)
+        trainer.forward = trainer.ranks.parallel(trainer.model)
         for _ in range(3):
-            model(torch.randn(8, 4)).sum().backward()
-        ranks.gather(torch.zeros(100))
-        del model
-        ranks.release()
+            trainer.forward(torch.randn(8, 4)).sum().backward()
+        trainer.ranks.gather(torch.zeros(100))
+        trainer.close()
 for port in sys.argv[1:]:
     os.environ["MASTER_PORT"] = port
     work()
