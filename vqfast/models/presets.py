@@ -21,6 +21,7 @@ class TrainingSettings:
         resize: shorter side to which pictures are scaled before they are cropped; 0 leaves them as they are.
         flip: mirror half of the crops horizontally.
         steps, batch_size, learning_rate: of the optimizer.
+        init: "kmeans": the codebook starts among the untrained encoder's outputs; "none": as the layer made it.
     """
 
     dataset: str
@@ -30,6 +31,7 @@ class TrainingSettings:
     learning_rate: float
     resize: int = 0
     flip: bool = False
+    init: str = "kmeans"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Preset:
         return (VAE if isinstance(self.model, VAEConfig) else VQVAE)(self.model)
 
 
-_SONNET_CIFAR10 = TrainingSettings("cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4)
-_PAPER_CIFAR10 = TrainingSettings("cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4)
+_SONNET_CIFAR10 = TrainingSettings("cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4, init="none")
+_PAPER_CIFAR10 = TrainingSettings("cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4, init="none")
 
 _ALL = (
     Preset(
