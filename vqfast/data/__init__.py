@@ -7,7 +7,9 @@ try:
     import numpy  # noqa: F401
     import PIL  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"vqfast.data needs {error.name}; install it with: pip install 'vqfast[train]'") from None
+    raise ImportError(
+        f"vqfast.data needs {error.name}; install it with: pip install 'vqfast[train]'"
+    ) from None
 
 from .arrays import CIFAR10, MNIST, DataFileError
 from .draws import Draws

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .draws import Draws
 
-# sha256 of the official files. Those of CIFAR-10 also have the SHA-1 sums that MXNet publishes for the same names.
+# sha256 of the official files; those of CIFAR-10 also have the SHA-1 sums that MXNet publishes for them.
 CHECKSUMS = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -49,7 +49,8 @@ def read_checked(path: Path, check: bool = True) -> bytes:
     content = path.read_bytes()
     if check and hashlib.sha256(content).hexdigest() != CHECKSUMS[path.name]:
         raise DataFileError(
-            f"{path} ({len(content)} bytes) is not the official file: its checksum differs; copy or fetch it again"
+            f"{path} ({len(content)} bytes) is not the official file: its checksum differs; copy or fetch it "
+            "again"
         )
     return content
 
@@ -58,7 +59,8 @@ class _Pictures:
     """Pictures in memory with labels.
 
     Attributes:
-        pixels: uint8 [N, C, H, W]. labels: int64 [N], 0 to 9. skipped: always empty; here for `PictureFolder`'s sake.
+        pixels: uint8 [N, C, H, W]. labels: int64 [N], 0 to 9. skipped: always empty; here for
+            `PictureFolder`'s sake.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, flip: bool):
@@ -100,7 +102,9 @@ class CIFAR10(_Pictures):
         for name in CIFAR10_TRAIN if train else CIFAR10_TEST:
             size = (folder / name).stat().st_size
             if size != CIFAR10_FILE_BYTES:
-                raise DataFileError(f"{folder / name} has {size} bytes, expected {CIFAR10_FILE_BYTES}; copy or fetch it again")
+                raise DataFileError(
+                    f"{folder / name} has {size} bytes, expected {CIFAR10_FILE_BYTES}; copy or fetch it again"
+                )
             parts.append(np.frombuffer(read_checked(folder / name, check), np.uint8).reshape(-1, 3073))
         pixels = np.concatenate([part[:, 1:].reshape(-1, 3, 32, 32) for part in parts])
         labels = np.concatenate([part[:, 0] for part in parts]).astype(np.int64)
@@ -120,13 +124,13 @@ def cifar10_folder(folder: Path) -> Path:
     for place in (folder, folder / "cifar-10-batches-py"):
         if (place / "data_batch_1").exists():
             raise DataFileError(
-                f"{place} holds the pickled Python version of CIFAR-10, and unpickling runs whatever code is in a file; "
-                "use the binary version (cifar-10-binary.tar.gz), or run: vqfast data cifar10"
+                f"{place} holds the pickled Python version of CIFAR-10, and unpickling runs whatever code is "
+                "in a file; use the binary version (cifar-10-binary.tar.gz), or run: vqfast data cifar10"
             )
     missing = [name for name in names if not (folder / name).is_file()]
     raise FileNotFoundError(
-        f"{folder} does not hold CIFAR-10: {missing[0]} is missing; unpack cifar-10-binary.tar.gz there, or run: "
-        "vqfast data cifar10"
+        f"{folder} does not hold CIFAR-10: {missing[0]} is missing; unpack cifar-10-binary.tar.gz there, or "
+        "run: vqfast data cifar10"
     )
 
 
@@ -146,13 +150,15 @@ class MNIST(_Pictures):
         folder = Path(folder)
         for name in (images, labels):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} does not hold MNIST: {name} is missing; run: vqfast data mnist")
+                raise FileNotFoundError(
+                    f"{folder} does not hold MNIST: {name} is missing; run: vqfast data mnist"
+                )
         pixels = _read_idx(folder / images, check)[:, None]
         super().__init__(pixels, _read_idx(folder / labels, check).long(), flip)
 
 
 def _read_idx(path: Path, check: bool) -> Tensor:
-    """An idx file of bytes: magic 0, 0, 8, rank, then each size as a big-endian 32-bit integer, then the values."""
+    """An idx file of bytes: 0, 0, 8, rank, each size as a big-endian 32-bit integer, the values."""
     content = read_checked(path, check)
     rank = content[3] if len(content) > 3 else 0
     sizes = np.frombuffer(content[4 : 4 + 4 * rank], ">u4").astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Random numbers that depend on nothing but named counters, so that a resumed run draws what an unbroken one draws."""
+"""Random numbers that depend on nothing but counters: a resumed run draws what an unbroken one draws."""
 
 from __future__ import annotations
 

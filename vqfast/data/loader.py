@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Iterator, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ class Dataset(Protocol):
 class Loader:
     """Shuffled batches of a data set, epoch after epoch without a seam.
 
-    Position p = ((step * world_size) + rank) * batch_size + i of the endless sequence is item p mod n of epoch p div n's
-    permutation, and the sample's own randomness is keyed by (seed, p). So a batch is a function of its step: a resumed
-    run sees what an unbroken one sees, whatever the number of workers.
+    Position p = ((step * world_size) + rank) * batch_size + i of the endless sequence is item p mod n of
+    epoch p div n's permutation, and the sample's own randomness is keyed by (seed, p). So a batch is a
+    function of its step: a resumed run sees what an unbroken one sees, whatever the number of workers.
 
     Args:
         dataset: see `Dataset`.
@@ -63,8 +64,9 @@ class Loader:
             raise ValueError("the data set is empty")
         if batch_size < 1 or start_step < 0 or workers < 0 or prefetch < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size {batch_size} and prefetch {prefetch} must be at least 1, start_step {start_step} and workers "
-                f"{workers} at least 0, and rank {rank} in [0, world_size {world_size})"
+                f"batch_size {batch_size} and prefetch {prefetch} must be at least 1, start_step "
+                f"{start_step} and workers {workers} at least 0, and rank {rank} in [0, world_size "
+                f"{world_size})"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.start_step, self.stop_step = start_step, stop_step
@@ -89,13 +91,18 @@ class Loader:
         order = self._orders.get(epoch)
         if order is None:
             order = permutation(len(self.dataset), self.seed, _ORDER, epoch)
-            # Workers may straddle an epoch's end, so the last few stay; a lost race computes the same order twice.
+            # Workers may straddle an epoch's end, so the last few stay; a lost race computes the same order
+            # twice.
             self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
         return order
 
     def __iter__(self) -> Iterator[Tensor]:
         """The batches from start_step on. Leaving the loop early ends the workers."""
-        steps = iter(range(self.start_step, self.stop_step)) if self.stop_step is not None else itertools.count(self.start_step)
+        steps = (
+            iter(range(self.start_step, self.stop_step))
+            if self.stop_step is not None
+            else itertools.count(self.start_step)
+        )
         if not self.workers:
             for step in steps:
                 yield self.batch(step)

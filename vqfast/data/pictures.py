@@ -6,8 +6,8 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -29,9 +29,14 @@ class PictureError(ValueError):
 
 
 def open_picture(
-    path: str | os.PathLike, *, channels: int = 3, least: int = 0, resize: int = 0, max_pixels: int = MAX_PIXELS
+    path: str | os.PathLike,
+    *,
+    channels: int = 3,
+    least: int = 0,
+    resize: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Reads one picture upright: EXIF rotation applied, transparency laid on white, first frame of an animation.
+    """Reads one picture: upright by its EXIF tag, transparency laid on white, an animation's first frame.
 
     Args:
         path: a file that Pillow reads.
@@ -69,7 +74,9 @@ def _upright(image: Image.Image, channels: int) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow would clip it at 255.
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        )
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -141,19 +148,22 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(top, n) for n in files if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
     if not found:
-        raise ValueError(f"there is no picture in {folder}; files that end with {' '.join(sorted(SUFFIXES))} count")
+        raise ValueError(
+            f"there is no picture in {folder}; files that end with {' '.join(sorted(SUFFIXES))} count"
+        )
     return sorted(found)
 
 
 class PictureFolder:
     """A folder of pictures of any sizes as a data set; sub-folders included.
 
-    A picture that cannot be read is skipped: the next readable one takes its place, and `skipped` says which and why.
+    A picture that cannot be read is skipped: the next readable one takes its place, and `skipped` says which
+    and why.
 
     Args:
         folder: a folder or a single picture file.
-        size: side of the square crops, in pixels; None gives whole pictures. Smaller pictures are enlarged to it.
-        resize: shorter side to which pictures are scaled before they are cropped; None leaves them as they are.
+        size: side of the square crops, in pixels (smaller pictures are enlarged); None: whole pictures.
+        resize: shorter side to which pictures are scaled before they are cropped; None: as they are.
         flip: mirror half of the samples horizontally.
         channels: 3 or 1.
         cache_mib: memory for decoded pictures, MiB; the oldest go first.
@@ -214,7 +224,7 @@ class PictureFolder:
         return crop.flip(-1) if self.flip and draws.integer(2) else crop
 
     def iterate(self) -> Iterator[tuple[Path, Tensor]]:
-        """Every readable picture once, whole, in order, one in memory at a time; the others go to `skipped`."""
+        """Every readable picture once, whole, in order, one at a time; the others go to `skipped`."""
         for path in self.paths:
             try:
                 picture = self._open(path, least=0)
@@ -239,7 +249,9 @@ class PictureFolder:
                 return self._cached(place)
             except PictureError as error:
                 self.skipped[path] = str(error)
-        raise ValueError(f"none of the {len(self)} pictures in {self.folder} can be read: {self.skipped[self.paths[0]]}")
+        raise ValueError(
+            f"none of the {len(self)} pictures in {self.folder} can be read: {self.skipped[self.paths[0]]}"
+        )
 
     def _cached(self, place: int) -> Tensor:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Models built from vqfast's layers. Pictures are floats in [-0.5, 0.5], [B, C, H, W]; see `pixels_to_float`."""
+"""Models built from vqfast's layers. Pictures are floats in [-0.5, 0.5], [B, C, H, W]: `pixels_to_float`."""
 
 from .likelihood import Likelihood, discretized_logistic_nll, fit_logistic_scale, gaussian_nll
 from .pixels import float_to_pixels, pad_to_multiple, pixels_to_float

@@ -3,11 +3,13 @@
 Picture -> [4x4 convolution, stride 2, ReLU] x stages -> 3x3 convolution -> residual stack -> features
 Features -> 3x3 convolution -> residual stack -> [4x4 transposed convolution, stride 2] x stages -> picture
 
-Source: van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937), section 4.1; channel counts
-of each layer from the example `vqvae_example` of Sonnet.
+Source: van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937), section 4.1;
+channel counts of each layer from the example `vqvae_example` of Sonnet.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,11 +51,13 @@ class Encoder(nn.Module):
     Shapes: [B, in_channels, H, W] -> [B, hidden, H / 2**stages, W / 2**stages].
     """
 
-    def __init__(self, in_channels: int, hidden: int, residual_hidden: int, residual_layers: int, stages: int):
+    def __init__(
+        self, in_channels: int, hidden: int, residual_hidden: int, residual_layers: int, stages: int
+    ):
         super().__init__()
         widths = [in_channels, hidden // 2] + [hidden] * (stages - 1)
         self.down = nn.ModuleList(
-            nn.Conv2d(narrow, wide, 4, stride=2, padding=1) for narrow, wide in zip(widths, widths[1:])
+            nn.Conv2d(narrow, wide, 4, stride=2, padding=1) for narrow, wide in pairwise(widths)
         )
         self.conv = nn.Conv2d(widths[-1], hidden, 3, padding=1)
         self.residual = ResidualStack(hidden, residual_hidden, residual_layers)
@@ -71,7 +75,13 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, hidden: int, residual_hidden: int, residual_layers: int, stages: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int,
+        residual_hidden: int,
+        residual_layers: int,
+        stages: int,
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, hidden, 3, padding=1)
@@ -80,7 +90,7 @@ class Decoder(nn.Module):
         if stages == 1:
             widths = [hidden, out_channels]
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1) for wide, narrow in zip(widths, widths[1:])
+            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1) for wide, narrow in pairwise(widths)
         )
 
     def forward(self, x: Tensor) -> Tensor:

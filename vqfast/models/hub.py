@@ -1,7 +1,7 @@
-"""The models with huggingface_hub's `push_to_hub` and `from_pretrained("user/name")`. Needs `pip install 'vqfast[hub]'`.
+"""The models with huggingface_hub's `push_to_hub` and `from_pretrained("user/name")`; needs vqfast[hub].
 
-    from vqfast.models.hub import VQVAE
-    VQVAE.from_pretrained("user/name").push_to_hub("user/other")
+from vqfast.models.hub import VQVAE
+VQVAE.from_pretrained("user/name").push_to_hub("user/other")
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def discretized_logistic_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
     """Negative log probability of an 8-bit level under a logistic distribution cut into 256 bins.
 
     Level k stands at k / 255 - 0.5. Its bin reaches half a step to both sides; the first bin reaches to minus
-    infinity and the last to plus infinity, so the 256 probabilities sum to 1 exactly. With a, b the bin's upper and
-    lower edge in units of the scale, log(sigmoid(a) - sigmoid(b)) is computed as
+    infinity and the last to plus infinity, so the 256 probabilities sum to 1 exactly. With a, b the bin's
+    upper and lower edge in units of the scale, log(sigmoid(a) - sigmoid(b)) is computed as
     log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a)), which cancels nothing and needs no clamp.
 
     Shapes:
@@ -68,8 +68,8 @@ class Likelihood(nn.Module):
         kind: "mse" (mean squared error / data_variance), "gaussian" or "discretized_logistic".
         channels: of the picture.
         data_variance: what "mse" is divided by (Sonnet: the variance of the training pictures).
-        scale: "learned": one learned scale per channel; "predicted": the decoder gives one per pixel and channel; a
-            float: fixed. Unused by "mse".
+        scale: "learned": one learned scale per channel; "predicted": the decoder gives one per pixel and
+            channel; a float: fixed. Unused by "mse".
     """
 
     def __init__(self, kind: str, channels: int, data_variance: float = 1.0, scale: str | float = "learned"):
@@ -122,8 +122,8 @@ class Likelihood(nn.Module):
         Args:
             output: [B, decoder_channels, H, W].
             x: [B, channels, H, W] in [-0.5, 0.5].
-            scale: scale of the logistic for likelihoods that do not define probabilities of 8-bit levels ("mse" and
-                "gaussian"); see `fit_logistic_scale`. None for "discretized_logistic".
+            scale: scale of the logistic for likelihoods that do not define probabilities of 8-bit levels
+                ("mse" and "gaussian"); see `fit_logistic_scale`. None for "discretized_logistic".
 
         Returns:
             0-d float64, mean over all pictures, channels and pixels.
@@ -150,7 +150,8 @@ class Likelihood(nn.Module):
 def fit_logistic_scale(reconstruction: Tensor, x: Tensor, tolerance: float = 1e-3) -> float:
     """The one scale under which a discretized logistic around `reconstruction` gives `x` the fewest bits.
 
-    Golden-section search over the logarithm of the scale. For honest bits of a test set, fit on training pictures.
+    Golden-section search over the logarithm of the scale. For honest bits of a test set, fit on training
+    pictures.
 
     Args:
         reconstruction, x: the same shape, [-0.5, 0.5].
@@ -161,7 +162,8 @@ def fit_logistic_scale(reconstruction: Tensor, x: Tensor, tolerance: float = 1e-
     """
     if reconstruction.shape != x.shape or x.numel() == 0:
         raise ValueError(
-            f"reconstruction {tuple(reconstruction.shape)} and x {tuple(x.shape)} must have the same shape, not empty"
+            f"reconstruction {tuple(reconstruction.shape)} and x {tuple(x.shape)} must have the same shape, "
+            "not empty"
         )
     reconstruction, x = reconstruction.detach().double(), x.detach().double()
 

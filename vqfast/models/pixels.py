@@ -21,8 +21,8 @@ def pixels_to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(
-            f"pixels has dtype {pixels.dtype}, expected torch.uint8 (0 to 255); a float picture that is already "
-            "in [-0.5, 0.5] needs no conversion"
+            f"pixels has dtype {pixels.dtype}, expected torch.uint8 (0 to 255); a float picture that is "
+            "already in [-0.5, 0.5] needs no conversion"
         )
     return pixels.to(dtype) / 255 - 0.5
 

@@ -21,7 +21,7 @@ class TrainingSettings:
         resize: shorter side to which pictures are scaled before they are cropped; 0 leaves them as they are.
         flip: mirror half of the crops horizontally.
         steps, batch_size, learning_rate: of the optimizer.
-        init: "kmeans": the codebook starts among the untrained encoder's outputs; "none": as the layer made it.
+        init: "kmeans": the codebook starts among the untrained encoder's outputs; "none": as the layer is.
     """
 
     dataset: str
@@ -48,14 +48,18 @@ class Preset:
         return (VAE if isinstance(self.model, VAEConfig) else VQVAE)(self.model)
 
 
-_SONNET_CIFAR10 = TrainingSettings("cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4, init="none")
-_PAPER_CIFAR10 = TrainingSettings("cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4, init="none")
+_SONNET_CIFAR10 = TrainingSettings(
+    "cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4, init="none"
+)
+_PAPER_CIFAR10 = TrainingSettings(
+    "cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4, init="none"
+)
 
 _ALL = (
     Preset(
         "cifar10",
-        "Sonnet's published CIFAR-10 example: K = 512, D = 64, debiased moving averages, squared error over the "
-        "pictures' variance; its log ends at reconstruction loss 0.056 and perplexity 326.",
+        "Sonnet's published CIFAR-10 example: K = 512, D = 64, debiased moving averages, squared error over "
+        "the pictures' variance; its log ends at reconstruction loss 0.056 and perplexity 326.",
         VQVAEConfig(rule="debiased", data_variance=CIFAR10_VARIANCE),
         _SONNET_CIFAR10,
     ),
@@ -73,9 +77,9 @@ _ALL = (
     ),
     Preset(
         "cifar10-paper",
-        "The VQ-VAE paper's CIFAR-10 model: 256 hidden, 8x8x10 latents, codebook loss, beta 0.25, Adam 2e-4, batch 128, "
-        "250,000 steps (reported: 4.67 bits/dim). The paper states neither K, D nor the likelihood: here 512 and 64 for "
-        "each of the 10, and a discretized logistic.",
+        "The VQ-VAE paper's CIFAR-10 model: 256 hidden, 8x8x10 latents, codebook loss, beta 0.25, Adam 2e-4, "
+        "batch 128, 250,000 steps (reported: 4.67 bits/dim). The paper states neither K, D nor the "
+        "likelihood: here 512 and 64 for each of the 10, and a discretized logistic.",
         VQVAEConfig(
             hidden=256,
             residual_hidden=256,
@@ -89,21 +93,28 @@ _ALL = (
     ),
     Preset(
         "cifar10-paper-vae",
-        "The VAE to compare cifar10-paper with (reported: 4.51 bits/dim); 256 Gaussian latents at each of 8x8 places.",
-        VAEConfig(hidden=256, residual_hidden=256, dim=256, likelihood="discretized_logistic", scale="predicted"),
+        "The VAE to compare cifar10-paper with (reported: 4.51 bits/dim); 256 Gaussian latents at each of "
+        "8x8 places.",
+        VAEConfig(
+            hidden=256, residual_hidden=256, dim=256, likelihood="discretized_logistic", scale="predicted"
+        ),
         _PAPER_CIFAR10,
     ),
     Preset(
         "imagenet128",
-        "The paper's 128x128 model with one 32x32 field of latents, K = 512; widths and batch from Sonnet's notes. The "
-        "paper gives no number of steps for it: here the 250,000 of its CIFAR-10 model. Wants a folder of pictures.",
+        "The paper's 128x128 model with one 32x32 field of latents, K = 512; widths and batch from Sonnet's "
+        "notes. The paper gives no number of steps for it: here the 250,000 of its CIFAR-10 model. Wants a "
+        "folder of pictures.",
         VQVAEConfig(rule="debiased"),
-        TrainingSettings("folder", size=128, resize=128, flip=True, steps=250_000, batch_size=128, learning_rate=2e-4),
+        TrainingSettings(
+            "folder", size=128, resize=128, flip=True, steps=250_000, batch_size=128, learning_rate=2e-4
+        ),
     ),
     Preset(
         "photos",
-        "For a folder of photographs, or the embedded ones: 64-pixel crops at full resolution, small batches, and codes "
-        "that hardly anything chooses are replaced, so that a picture appears within minutes on two CPU cores.",
+        "For a folder of photographs, or the embedded ones: 64-pixel crops at full resolution, small "
+        "batches, and codes that hardly anything chooses are replaced, so that a picture appears within "
+        "minutes on two CPU cores.",
         VQVAEConfig(hidden=96, decay=0.95, revive_below=1.0, data_variance=0.069),
         TrainingSettings("photographs", size=64, flip=True, steps=2_000, batch_size=8, learning_rate=1e-3),
     ),

@@ -1,4 +1,4 @@
-"""Models in folders: `config.json` says what a model is, `model.safetensors` holds its weights. Never pickle."""
+"""Models in folders: `config.json` says what a model is, `model.safetensors` holds its weights; no pickle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._files import atomic_file, hash_tensors, write_atomic
 FORMAT = "vqfast-model-1"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
-_CLASSES: dict[str, type["PretrainedModel"]] = {}
+_CLASSES: dict[str, type[PretrainedModel]] = {}
 Model = TypeVar("Model", bound="PretrainedModel")
 
 
@@ -27,8 +27,8 @@ class ModelFileError(ValueError):
 class PretrainedModel(nn.Module):
     """A model that is wholly described by a configuration dataclass and its state.
 
-    Subclasses set `config_class` (a frozen dataclass of plain JSON values) and take `(config=None, **fields)`. They
-    are known to `load_pretrained` by their class name from their definition on.
+    Subclasses set `config_class` (a frozen dataclass of plain JSON values) and take `(config=None,
+    **fields)`. They are known to `load_pretrained` by their class name from their definition on.
     """
 
     config_class: ClassVar[type]
@@ -47,21 +47,24 @@ class PretrainedModel(nn.Module):
         known = {field.name for field in dataclasses.fields(cls.config_class)}
         unknown = sorted(fields.keys() - known)
         if unknown:
-            raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            raise TypeError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
         if config is None:
             return cls.config_class(**fields)
         if not isinstance(config, cls.config_class):
             raise TypeError(
-                f"config is a {type(config).__name__}, {cls.__name__} takes a {cls.config_class.__name__} or its "
-                "fields as keyword arguments"
+                f"config is a {type(config).__name__}, {cls.__name__} takes a {cls.config_class.__name__} or "
+                "its fields as keyword arguments"
             )
         return dataclasses.replace(config, **fields)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes `config.json` and `model.safetensors` into `folder`.
 
-        Each file is written under a temporary name, synced and renamed. The weights file alone is complete (it holds
-        the configuration and a sha256 of its tensors too), so a save that is killed leaves the old model or the new.
+        Each file is written under a temporary name, synced and renamed. The weights file alone is complete
+        (it holds the configuration and a sha256 of its tensors too), so a save that is killed leaves the old
+        model or the new.
 
         Args:
             folder: made when it does not exist.
@@ -75,8 +78,14 @@ class PretrainedModel(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder)
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-        settings = {"format": FORMAT, "model": _saved_class(type(self)), "config": dataclasses.asdict(self.config)}
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()
+        }
+        settings = {
+            "format": FORMAT,
+            "model": _saved_class(type(self)),
+            "config": dataclasses.asdict(self.config),
+        }
         # One entry, because safetensors writes several in random order: equal models give equal bytes.
         header = json.dumps({**settings, "sha256": _checksum(settings, tensors)}, sort_keys=True)
         with atomic_file(folder / WEIGHTS_NAME) as file:
@@ -85,7 +94,9 @@ class PretrainedModel(nn.Module):
         return folder
 
     @classmethod
-    def from_pretrained(cls: type[Model], folder: str | os.PathLike, map_location: str | torch.device = "cpu") -> Model:
+    def from_pretrained(
+        cls: type[Model], folder: str | os.PathLike, map_location: str | torch.device = "cpu"
+    ) -> Model:
         """Loads what `save_pretrained` wrote; the model comes back in eval mode.
 
         Args:
@@ -97,13 +108,15 @@ class PretrainedModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it.
-            ModelFileError: a file is truncated or altered, the two do not belong together, the model is of another
-                class, or names or shapes differ from what the configuration asks for.
+            ModelFileError: a file is truncated or altered, the two do not belong together, the model is of
+                another class, or names or shapes differ from what the configuration asks for.
         """
         settings, tensors = _read_folder(Path(folder))
         name = settings["model"]
         if _CLASSES.get(name) is None or not issubclass(cls, _CLASSES[name]):
-            raise ModelFileError(f"{folder} holds a {name}, not a {cls.__name__}; load_pretrained(folder) loads either")
+            raise ModelFileError(
+                f"{folder} holds a {name}, not a {cls.__name__}; load_pretrained(folder) loads either"
+            )
         return cls._build(settings["config"], tensors, Path(folder)).to(map_location).eval()
 
     @classmethod
@@ -111,7 +124,9 @@ class PretrainedModel(nn.Module):
         try:
             model = cls(cls.config_class(**_tuples(config)))
         except (TypeError, ValueError) as error:
-            raise ModelFileError(f"the configuration in {folder} does not describe a {cls.__name__}: {error}") from None
+            raise ModelFileError(
+                f"the configuration in {folder} does not describe a {cls.__name__}: {error}"
+            ) from None
         own = model.state_dict()
         wrong = [f"{name} is missing" for name in own.keys() - tensors.keys()]
         wrong += [f"{name} is unknown" for name in tensors.keys() - own.keys()]
@@ -119,11 +134,15 @@ class PretrainedModel(nn.Module):
             saved, expected = tensors[name], own[name]
             if saved.shape != expected.shape or not _same_kind(saved, expected):
                 wrong.append(
-                    f"{name} is {saved.dtype} {list(saved.shape)}, the model has {expected.dtype} {list(expected.shape)}"
+                    f"{name} is {saved.dtype} {list(saved.shape)}, the model has {expected.dtype} "
+                    f"{list(expected.shape)}"
                 )
         if wrong:
             more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ModelFileError(f"{folder / WEIGHTS_NAME} does not fit its {cls.__name__}: {'; '.join(sorted(wrong)[:3])}{more}")
+            raise ModelFileError(
+                f"{folder / WEIGHTS_NAME} does not fit its {cls.__name__}: "
+                f"{'; '.join(sorted(wrong)[:3])}{more}"
+            )
         # Assigned, not copied: a model that was saved in half precision comes back in half precision.
         model.load_state_dict(tensors, strict=True, assign=True)
         return model
@@ -134,7 +153,9 @@ def load_pretrained(folder: str | os.PathLike, map_location: str | torch.device 
     settings, tensors = _read_folder(Path(folder))
     cls = _CLASSES.get(settings["model"])
     if cls is None:
-        raise ModelFileError(f"{folder} holds a {settings['model']}; this vqfast knows {', '.join(sorted(_CLASSES))}")
+        raise ModelFileError(
+            f"{folder} holds a {settings['model']}; this vqfast knows {', '.join(sorted(_CLASSES))}"
+        )
     return cls._build(settings["config"], tensors, Path(folder)).to(map_location).eval()
 
 
@@ -166,7 +187,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from None
+        raise ModelFileError(
+            f"{path} is truncated or not a safetensors file ({error}); copy it again"
+        ) from None
     text = header.get("vqfast")
     if text is None:
         raise ModelFileError(f"{path} is a safetensors file, but not one that vqfast's save_pretrained wrote")
@@ -197,6 +220,6 @@ def _compare_config(folder: Path, settings: dict[str, Any]) -> None:
         raise ModelFileError(f"{path} cannot be read: {error}") from None
     if shown != settings:
         raise ModelFileError(
-            f"{path} does not describe the model in {WEIGHTS_NAME} beside it; the weights file holds its own copy of "
-            f"the configuration, so remove {CONFIG_NAME} if the weights are the ones you want"
+            f"{path} does not describe the model in {WEIGHTS_NAME} beside it; the weights file holds its own "
+            f"copy of the configuration, so remove {CONFIG_NAME} if the weights are the ones you want"
         )

@@ -16,7 +16,7 @@ from .vqvae import BitsPerDim, check_pictures, check_settings
 
 
 class VAEOutput(NamedTuple):
-    """As `ModelOutput`; `levels` is empty and `kl` is the Kullback-Leibler term in nats per picture dimension."""
+    """As `ModelOutput`; `levels` is empty, `kl` the Kullback-Leibler term in nats per picture dimension."""
 
     reconstruction: Tensor
     loss: Tensor
@@ -49,7 +49,9 @@ class VAE(PretrainedModel):
     q(z | x) = N(mean, exp(log_variance)), p(z) = N(0, 1); loss = -log p(x | z) + KL(q || p), both per picture
     dimension, so that with a likelihood of 8-bit levels loss / ln 2 bounds the bits per dimension from above.
 
-    Shapes: x: [B, in_channels, H, W] in [-0.5, 0.5], H and W multiples of `stride`; z: [B, dim, H / stride, W / stride].
+    Shapes:
+        x: [B, in_channels, H, W] in [-0.5, 0.5], H and W multiples of `stride`.
+        z: [B, dim, H / stride, W / stride].
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (arXiv 1312.6114), eq. 10.
     """
@@ -76,7 +78,7 @@ class VAE(PretrainedModel):
         return []
 
     def forward(self, x: Tensor) -> VAEOutput:
-        """Encodes, samples (in eval mode: takes the mean), decodes and scores a batch. Raises as `VQVAE.forward`."""
+        """Encodes, samples (in eval mode: takes the mean), decodes and scores; raises as `VQVAE.forward`."""
         mean, log_variance = self._posterior(x)
         z = _sample(mean, log_variance) if self.training else mean
         output = self.decoder(z.to(mean.dtype))
@@ -110,7 +112,11 @@ class VAE(PretrainedModel):
 
     @torch.no_grad()
     def bits_per_dim(
-        self, x: Tensor, scale: float | None = None, samples: int = 1, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        scale: float | None = None,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
     ) -> BitsPerDim:
         """The evidence lower bound in bits per dimension: `latents` is the KL term.
 
@@ -121,7 +127,10 @@ class VAE(PretrainedModel):
             generator: on the CPU, for the posterior samples.
         """
         mean, log_variance = self._posterior(x)
-        draws = [self.likelihood.bits(self.decoder(_sample(mean, log_variance, generator)), x, scale) for _ in range(samples)]
+        draws = [
+            self.likelihood.bits(self.decoder(_sample(mean, log_variance, generator)), x, scale)
+            for _ in range(samples)
+        ]
         reconstruction = torch.stack(draws).mean()
         latents = _kl(mean.double(), log_variance.double()) / (x.numel() * math.log(2))
         return BitsPerDim(reconstruction + latents, reconstruction, latents)

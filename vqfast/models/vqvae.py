@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,14 @@ class BitsPerDim(NamedTuple):
 
 def check_settings(config: Any) -> None:
     """Refuses settings of a picture model that cannot be built, naming field, value and what is allowed."""
-    counts = ("in_channels", "hidden", "residual_hidden", "stages", "dim", "codebook_size", "groups")
-    for name in (*counts, "residual_layers"):
-        value, least = getattr(config, name, 1), 0 if name == "residual_layers" else 2 if name == "hidden" else 1
+    ones = dict.fromkeys(("in_channels", "residual_hidden", "stages", "dim", "codebook_size", "groups"), 1)
+    # The first strided convolution has hidden // 2 channels.
+    for name, least in {**ones, "hidden": 2, "residual_layers": 0}.items():
+        value = getattr(config, name, least)
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {least}")
-    for name, allowed in (("likelihood", LIKELIHOODS), ("quantizer", ("ema", "loss")), ("rule", ("ema", "debiased"))):
+    choices = {"likelihood": LIKELIHOODS, "quantizer": ("ema", "loss"), "rule": ("ema", "debiased")}
+    for name, allowed in choices.items():
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(allowed)}")
@@ -57,7 +60,9 @@ def check_settings(config: Any) -> None:
         raise ValueError(f"scale is {scale!r}, it must be 'learned', 'predicted' or a positive number")
     groups = getattr(config, "groups", 1)
     if config.dim % groups:
-        raise ValueError(f"dim {config.dim} cannot be cut into {groups} equal groups; make dim a multiple of groups")
+        raise ValueError(
+            f"dim {config.dim} cannot be cut into {groups} equal groups; make dim a multiple of groups"
+        )
 
 
 def check_pictures(x: Tensor, channels: int, stride: int) -> None:
@@ -65,12 +70,15 @@ def check_pictures(x: Tensor, channels: int, stride: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, {channels}, H, W] (channels first)")
     if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}, expected floats in [-0.5, 0.5]; vqfast.models.pixels_to_float(x) makes them")
+        raise TypeError(
+            f"x has dtype {x.dtype}, expected floats in [-0.5, 0.5]; vqfast.models.pixels_to_float(x) makes "
+            "them"
+        )
     height, width = x.shape[2:]
     if height % stride or width % stride or not height or not width:
         raise ValueError(
-            f"x is {height}x{width} pixels, but height and width must be positive multiples of {stride} for this model; "
-            f"crop it, or vqfast.models.pad_to_multiple(x, {stride}) pads it"
+            f"x is {height}x{width} pixels, but height and width must be positive multiples of {stride} for "
+            f"this model; crop it, or vqfast.models.pad_to_multiple(x, {stride}) pads it"
         )
 
 
@@ -88,10 +96,10 @@ class VQVAEConfig:
         commitment_weight: beta.
         metric: "l2", "cosine" or "dot".
         decay, eps, rule: of the moving averages; rule "debiased" is Sonnet's. Unused by "loss".
-        revive_below: codes whose cluster size falls under it are replaced by encoder outputs; 0 turns that off.
-        auto_update: the codebook moves in every training forward; False when the trainer calls `update_()` itself.
-        likelihood, data_variance, scale: see `Likelihood`. The default variance is about that of natural pictures, and
-            puts the squared error on a par with the quantizer's losses.
+        revive_below: codes whose cluster size falls under it are replaced by encoder outputs; 0: never.
+        auto_update: the codebook moves in every training forward; False: when `update_()` is called.
+        likelihood, data_variance, scale: see `Likelihood`. The default variance is about that of natural
+            pictures, and puts the squared error on a par with the quantizer's losses.
     """
 
     in_channels: int = 3
@@ -121,8 +129,9 @@ class VQVAEConfig:
 class VQVAE(PretrainedModel):
     """A vector-quantized autoencoder for pictures.
 
-    z = pre_quantizer(encoder(x)); q = nearest codes; reconstruction = decoder(q); loss = reconstruction_loss +
-    codebook_loss + beta * commitment_loss (without the codebook loss when the codebook follows moving averages).
+    z = pre_quantizer(encoder(x)); q = nearest codes; reconstruction = decoder(q);
+    loss = reconstruction_loss + codebook_loss + beta * commitment_loss, without the codebook loss when the
+    codebook follows moving averages.
 
     Shapes:
         x: [B, in_channels, H, W] in [-0.5, 0.5], H and W multiples of `stride`.
@@ -132,7 +141,7 @@ class VQVAE(PretrainedModel):
         config: a `VQVAEConfig`; None for the defaults.
         **fields: settings by name, in place of or over those of `config`.
 
-    Source: van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937), eq. 3 and section 4.1.
+    Source: van den Oord et al., "Neural Discrete Representation Learning" (arXiv 1711.00937), eq. 3, 4.1.
     """
 
     config_class = VQVAEConfig
@@ -158,7 +167,7 @@ class VQVAE(PretrainedModel):
         return [self.quantizer]
 
     def forward(self, x: Tensor) -> ModelOutput:
-        """Encodes, quantizes, decodes and scores a batch; in training the codebook moves along (see `vqfast.nn`).
+        """Encodes, quantizes, decodes and scores a batch; in training the codebook moves along.
 
         Raises:
             ValueError: wrong rank, number of channels, or a size that is no multiple of `stride`.
@@ -208,7 +217,9 @@ class VQVAE(PretrainedModel):
         """
         device = self.pre_quantizer.weight.device
         shapes = self.latent_shapes(height, width)
-        draw = [torch.randint(self.config.codebook_size, (count, *shape), generator=generator) for shape in shapes]
+        draw = [
+            torch.randint(self.config.codebook_size, (count, *shape), generator=generator) for shape in shapes
+        ]
         return self.decode([level.to(device) for level in draw])
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, ...]]:
@@ -247,7 +258,7 @@ class VQVAE(PretrainedModel):
         self.quantizer.init_codebook_(self._latents(x))
 
     def update_(self) -> None:
-        """Calls every quantizer's `update_()`: once per optimizer step when they do not update by themselves."""
+        """Calls every quantizer's `update_()`: once per optimizer step when they do not do it themselves."""
         self.quantizer.update_()
 
 
