@@ -1,4 +1,6 @@
-"""The command line as its users meet it: every command works, and every mistake ends in one sentence and exit code 2."""
+"""The command line as its users meet it: every command works, and every mistake ends in one sentence and exit code
+2.
+"""
 
 import json
 import os
@@ -19,8 +21,14 @@ from vqfast.train.evaluate import restore
 from vqfast.train.runs import find_model
 
 SMALL = ["--steps", "4", "--batch-size", "4", "--size", "16", "--threads", "1"]
-for key, value in {"model.hidden": 8, "model.residual_hidden": 4, "model.dim": 4, "model.codebook_size": 16, "train.log_every": 2,
-                   "train.init_pictures": 8}.items():
+for key, value in {
+    "model.hidden": 8,
+    "model.residual_hidden": 4,
+    "model.dim": 4,
+    "model.codebook_size": 16,
+    "train.log_every": 2,
+    "train.init_pictures": 8,
+}.items():
     SMALL += ["--set", f"{key}={value}"]
 
 
@@ -36,10 +44,17 @@ def vqfast(capsys, *argv) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with four good pictures of three sizes, one of them in a sub-folder, and two files that are no pictures."""
+    """A folder with four good pictures of three sizes, one of them in a sub-folder, and two files that are no
+    pictures.
+    """
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    for name, (height, width) in {"a.png": (32, 40), "b.png": (32, 40), "c.jpg": (21, 33), "sub/a.png": (16, 16)}.items():
+    for name, (height, width) in {
+        "a.png": (32, 40),
+        "b.png": (32, 40),
+        "c.jpg": (21, 33),
+        "sub/a.png": (16, 16),
+    }.items():
         save_picture(folder / name, torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)))
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     (folder / "text.jpg").write_text("not a picture")
@@ -87,10 +102,28 @@ def test_train_then_resume_with_more_steps(run, capsys, tmp_path):
 
 
 def test_train_from_toml_and_preset_with_overrides(pictures, capsys, tmp_path):
-    (tmp_path / "my.toml").write_text('[model]\nhidden = 8\nresidual_hidden = 4\ncodebook_size = 32\n[data]\nsource = "' + str(pictures)
-                                      + '"\nsize = 16\n[train]\nsteps = 9\n')
-    code, out, _ = vqfast(capsys, "train", tmp_path / "my.toml", "--preset", "photos", "--out", tmp_path / "run", "--steps", 1,
-                          "--batch-size", 2, "--set", "model.codebook_size=16", "--set", "train.init=none")
+    (tmp_path / "my.toml").write_text(
+        '[model]\nhidden = 8\nresidual_hidden = 4\ncodebook_size = 32\n[data]\nsource = "'
+        + str(pictures)
+        + '"\nsize = 16\n[train]\nsteps = 9\n'
+    )
+    code, out, _ = vqfast(
+        capsys,
+        "train",
+        tmp_path / "my.toml",
+        "--preset",
+        "photos",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        "--set",
+        "model.codebook_size=16",
+        "--set",
+        "train.init=none",
+    )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert code == 0 and config["model"]["hidden"] == 8 and config["model"]["codebook_size"] == 16
     assert config["train"]["steps"] == 1 and config["data"]["flip"], "flag over file, preset where nothing else speaks"
@@ -103,7 +136,9 @@ def test_tokens_go_there_and_back(run, pictures, capsys, tmp_path):
     assert code == 0 and "4 pictures" in out
     model, _, _ = find_model(run)
     names = {"a.png": "a.png", "b.png": "b.png", "c.jpg": "c.png", "sub/a.png": "sub/a.png"}
-    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == sorted(names.values())
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == sorted(
+        names.values()
+    )
     with TokenReader(tmp_path / "t.vqt") as reader:
         records = {record.name: record for record in reader}
     assert records.keys() == names.keys()
@@ -117,7 +152,7 @@ def test_tokens_go_there_and_back(run, pictures, capsys, tmp_path):
 def test_encode_one_picture(run, pictures, capsys, tmp_path):
     assert vqfast(capsys, "encode", run, pictures / "c.jpg", tmp_path / "t.vqt")[0] == 0
     with TokenReader(tmp_path / "t.vqt") as reader:
-        record, = reader
+        (record,) = reader
     assert (record.name, record.width, record.height, record.levels[0].shape) == ("c.jpg", 33, 21, (6, 9))
 
 
@@ -125,23 +160,54 @@ def test_reconstruct_writes_pairs(run, pictures, capsys, tmp_path):
     code, out, _ = vqfast(capsys, "reconstruct", run, pictures, tmp_path / "pairs")
     assert code == 0 and "4 pairs" in out and "broken.png" in out
     pair = np.array(Image.open(tmp_path / "pairs" / "a.png"))
-    assert pair.shape == (32, 84, 3) and (pair[:, :40] == np.array(Image.open(pictures / "a.png"))).all() and (pair[:, 40:44] == 255).all()
+    assert (
+        pair.shape == (32, 84, 3)
+        and (pair[:, :40] == np.array(Image.open(pictures / "a.png"))).all()
+        and (pair[:, 40:44] == 255).all()
+    )
 
 
 def test_eval_prints_and_writes_every_figure(run, pictures, capsys, tmp_path):
     code, out, _ = vqfast(capsys, "eval", run, "--data", pictures, "--json", tmp_path / "e.json")
     assert code == 0
-    for word in ("MSE", "PSNR", "SSIM", "bits/dim", "perplexity", "of the codebook used", "bits per pixel", "JPEG quality", "WebP quality",
-                 "cannot go lower"):
+    for word in (
+        "MSE",
+        "PSNR",
+        "SSIM",
+        "bits/dim",
+        "perplexity",
+        "of the codebook used",
+        "bits per pixel",
+        "JPEG quality",
+        "WebP quality",
+        "cannot go lower",
+    ):
         assert word in out, word
     figures = json.loads((tmp_path / "e.json").read_text())
-    assert figures["pictures"] == 4 and figures["codecs"][0]["too_large"], "a JPEG cannot be as small as these few tokens"
+    assert figures["pictures"] == 4 and figures["codecs"][0]["too_large"], (
+        "a JPEG cannot be as small as these few tokens"
+    )
     code, out, _ = vqfast(capsys, "eval", run, "--no-codecs", "--pictures", 2)
     assert code == 0 and "training pictures themselves" in out and "JPEG" not in out
 
 
 def test_sweep_compares_and_does_not_repeat_what_is_done(pictures, capsys, tmp_path):
-    argv = ["sweep", "--data", pictures, *SMALL, "--beta", 0.1, 0.5, "--codebook-sizes", 4, 16, "--pictures", 2, "--out", tmp_path]
+    argv = [
+        "sweep",
+        "--data",
+        pictures,
+        *SMALL,
+        "--beta",
+        0.1,
+        0.5,
+        "--codebook-sizes",
+        4,
+        16,
+        "--pictures",
+        2,
+        "--out",
+        tmp_path,
+    ]
     code, out, _ = vqfast(capsys, *argv)
     assert code == 0 and out.count("step      4/4") == 4
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
@@ -149,7 +215,11 @@ def test_sweep_compares_and_does_not_repeat_what_is_done(pictures, capsys, tmp_p
     config = json.loads((tmp_path / "beta0.5-K4" / "config.json").read_text())
     assert (config["model"]["commitment_weight"], config["model"]["codebook_size"]) == (0.5, 4)
     code, out, _ = vqfast(capsys, *argv)
-    assert code == 0 and "4/4" not in out.replace("4 of 4", "") and len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
+    assert (
+        code == 0
+        and "4/4" not in out.replace("4 of 4", "")
+        and len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
+    )
 
 
 def test_doctor_names_every_backend_with_a_reason(capsys, monkeypatch):
@@ -196,16 +266,18 @@ def test_the_plain_layer_of_the_comparison_does_the_same_work():
     assert torch.allclose(ours.codebook, plain.codebook, rtol=1e-5, atol=1e-6)
 
 
-def test_demo_shows_everything(capsys, tmp_path):
-    for folder in ("demo", "demo-2"):  # twice in a row
-        code, out, _ = vqfast(capsys, "demo", "--steps", 2, "--out", tmp_path / "demo")
-        assert code == 0
-        for word in ("perplexity", "usage", "PSNR", "plain PyTorch", "ratio", "reconstruction.png", "photographs.vqt", "training.png"):
-            assert word in out, word
-        for name in ("reconstruction.png", "photographs.vqt", "plots/training.png", "plots/training.svg", "model/model.safetensors"):
-            assert (tmp_path / folder / name).stat().st_size > 0
-    with TokenReader(tmp_path / "demo" / "photographs.vqt") as reader:
+def test_demo_shows_everything_and_spares_what_is_there(capsys, tmp_path):
+    (tmp_path / "demo").mkdir()
+    folder = tmp_path / "demo-2"
+    code, out, _ = vqfast(capsys, "demo", "--steps", 2, "--out", tmp_path / "demo")
+    assert code == 0
+    for word in ("perplexity", "usage", "PSNR", "plain PyTorch", "ratio", "reconstruction.png", "photographs.vqt"):
+        assert word in out, word
+    for name in ("reconstruction.png", "plots/training.png", "plots/training.svg", "model/model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    with TokenReader(folder / "photographs.vqt") as reader:
         assert len(list(reader)) == 16
+    assert not list((tmp_path / "demo").iterdir())
 
 
 # ---- the mistakes ----
@@ -234,13 +306,22 @@ def test_every_mistake_is_one_sentence_and_exit_code_2(run, other, pictures, cap
         (["train", "--data", tmp_path / "empty", "--out", out], "no picture in"),
         (["train", "--data", tmp_path / "bad", "--out", out, *SMALL], "can be read"),
         (["train", "--data", tmp_path / "note.txt", "--out", out, *SMALL], "can be read"),
-        (["train", "--data", "cifar10", "--set", f"data.folder={tmp_path / 'nowhere'}", "--out", out], "vqfast data cifar10"),
+        (
+            ["train", "--data", "cifar10", "--set", f"data.folder={tmp_path / 'nowhere'}", "--out", out],
+            "vqfast data cifar10",
+        ),
         (["train", "--data", pictures, "--steps", "-3", "--out", out], "train.steps is -3"),
         (["train", "--data", pictures, "--steps", "many", "--out", out], "invalid int value: 'many'"),
-        (["train", "--data", pictures, "--set", "model.codebok_size=3", "--out", out], "did you mean model.codebook_size"),
+        (
+            ["train", "--data", pictures, "--set", "model.codebok_size=3", "--out", out],
+            "did you mean model.codebook_size",
+        ),
         (["train", "--data", pictures, "--set", "dim:3", "--out", out], "--set takes"),
         (["train", "--data", pictures, "--device", "gpu", "--out", out], "use auto, cpu, cuda"),
-        (["train", "--data", pictures, *SMALL, "--set", "model.codebook_size=100000", "--out", out], "train.init_pictures"),
+        (
+            ["train", "--data", pictures, *SMALL, "--set", "model.codebook_size=100000", "--out", out],
+            "train.init_pictures",
+        ),
         (["train", tmp_path / "bad.toml", "--out", out], "is not valid TOML"),
         (["train", tmp_path / "typo.toml", "--out", out], "did you mean model.codebook_size"),
         (["train", tmp_path / "binary.toml", "--out", out], "cannot be read"),
@@ -309,13 +390,19 @@ def test_names_that_become_equal_are_kept_apart(run, capsys, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == len(names)
 
 
-@pytest.mark.parametrize("package, command", [("numpy", ["encode"]), ("PIL", ["reconstruct"]), ("safetensors", ["eval"])])
+@pytest.mark.parametrize(
+    "package, command", [("numpy", ["encode"]), ("PIL", ["reconstruct"]), ("safetensors", ["eval"])]
+)
 def test_a_missing_package_is_named_with_its_extra(package, command, run, pictures, tmp_path):
     """A stand-in folder on the path makes the import fail as it does where the package is not installed."""
     script = f"import sys; sys.modules['{package}'] = None; from vqfast.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = [*command, run, pictures, tmp_path / "x"][: 2 if command == ["eval"] else None]
-    done = subprocess.run([sys.executable, "-c", script, *map(str, argv)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 2 and "pip install 'vqfast[train]'" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -1,4 +1,6 @@
-"""Data-parallel training with two gloo processes: the same codebook bits everywhere, the work of one larger batch, exact resumption."""
+"""Data-parallel training with two gloo processes: the same codebook bits everywhere, the work of one larger batch,
+exact resumption.
+"""
 
 import contextlib
 import json
@@ -18,12 +20,25 @@ from vqfast.train import checkpoint as checkpoints
 from vqfast.train.config import assigned
 from vqfast.train.runs import begin_run
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
+)
 
 SETTINGS = {
-    "model.hidden": 8, "model.residual_hidden": 4, "model.residual_layers": 1, "model.dim": 4, "model.codebook_size": 16,
-    "model.revive_below": 0.5, "data.size": 16, "data.batch_size": 4, "train.steps": 6, "train.init_pictures": 8,
-    "train.log_every": 2, "train.picture_every": 0, "train.checkpoint_every": 3, "train.threads": 1,
+    "model.hidden": 8,
+    "model.residual_hidden": 4,
+    "model.residual_layers": 1,
+    "model.dim": 4,
+    "model.codebook_size": 16,
+    "model.revive_below": 0.5,
+    "data.size": 16,
+    "data.batch_size": 4,
+    "train.steps": 6,
+    "train.init_pictures": 8,
+    "train.log_every": 2,
+    "train.picture_every": 0,
+    "train.checkpoint_every": 3,
+    "train.threads": 1,
 }
 
 # What each process does: train like `vqfast train`, then write down its own weights and the pictures that it saw.
@@ -51,7 +66,8 @@ loop.Trainer._train_step = step
 finish = loop.Trainer.run
 def run(self):
     outcome = finish(self)
-    save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, folder.with_name(f"{folder.name}-rank{rank}.safetensors"))
+    weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+    save_file(weights, folder.with_name(f"{folder.name}-rank{rank}.safetensors"))
     folder.with_name(f"{folder.name}-seen{rank}.json").write_text(json.dumps(seen))
     return outcome
 loop.Trainer.run = run
@@ -91,10 +107,23 @@ for port in sys.argv[1:]:
 
 def both(script: str, *argv: object) -> None:
     """Runs a script in two processes that find each other the way torchrun sets them up."""
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
-    jobs = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, *map(str, argv)],
-                             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True) for rank in range(2)]
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_ports(1)[0],
+    }
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", script, *map(str, argv)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
         for job in jobs:
             out, err = job.communicate(timeout=120)
@@ -128,7 +157,9 @@ def test_two_processes_hold_the_same_bits_and_resume_exactly(pictures, tmp_path)
     settings = {**SETTINGS, "data.source": str(pictures)}
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "cut", stop_at=4)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "cut" / "checkpoints")][-1] == "step-000000004.safetensors"
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "cut" / "checkpoints")][
+        -1
+    ] == "step-000000004.safetensors"
     train(settings, tmp_path / "cut")
     first = weights_of(tmp_path / "whole", 0)
     for folder, rank in (("whole", 1), ("cut", 0), ("cut", 1)):
@@ -143,8 +174,11 @@ def test_two_processes_hold_the_same_bits_and_resume_exactly(pictures, tmp_path)
     begin_run(assigned({**settings, "train.steps": 1, "data.batch_size": 8}), tmp_path / "one", say=lambda text: None)
     one = checkpoints.load_checkpoint(checkpoints.list_checkpoints(tmp_path / "one" / "checkpoints")[-1]).tensors
     two = weights_of(tmp_path / "two", 0)
-    assert torch.equal(two["quantizer.cluster_size"], one["model.quantizer.cluster_size"]), "counts of all processes together"
-    for name in two:  # gradients and sums are added in another order; Adam's first step is the learning rate times the gradient's sign
+    assert torch.equal(two["quantizer.cluster_size"], one["model.quantizer.cluster_size"]), (
+        "counts of all processes together"
+    )
+    # Gradients and sums are added in another order; Adam's first step is the learning rate times the gradient's sign.
+    for name in two:
         close = torch.isclose(two[name].double(), one[f"model.{name}"].double(), rtol=0, atol=2e-5)
         assert close.double().mean() > 0.99, name
 
@@ -155,12 +189,30 @@ def test_processes_leave_their_group_without_waiting_for_each_other():
 
 @pytest.mark.slow
 def test_torchrun_trains_and_the_number_of_processes_is_fixed(pictures, tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vqfast", "train"]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "vqfast",
+        "train",
+    ]
     options = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run([*run, "--data", str(pictures), "--out", str(tmp_path / "run"), *options], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+    done = subprocess.run(
+        [*run, "--data", str(pictures), "--out", str(tmp_path / "run"), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("step      6/6") == 1, "one process speaks"
-    alone = subprocess.run([sys.executable, "-m", "vqfast", "train", "--resume", str(tmp_path / "run"), "--steps", "8"],
-                           capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, "-m", "vqfast", "train", "--resume", str(tmp_path / "run"), "--steps", "8"],
+        capture_output=True,
+        text=True,
+    )
     assert alone.returncode == 2 and "made by 2 processes" in alone.stderr

@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqfast.tokens import (MAGIC, TokenFileError, TokenReader, TokenWriter, bits_for, model_hash, pack_indices,
-                           packed_bytes, unpack_indices)
+from vqfast.tokens import (
+    MAGIC,
+    TokenFileError,
+    TokenReader,
+    TokenWriter,
+    bits_for,
+    model_hash,
+    pack_indices,
+    packed_bytes,
+    unpack_indices,
+)
 
 
 def make(path, sizes=(512, 300), pictures=3, seed=0):
@@ -33,8 +42,8 @@ def test_round_trip(tmp_path):
         got = list(reader)
     assert [r.name for r in got] == [f"ordner/bild {i} äß.png" for i in range(3)]
     assert [(r.width, r.height) for r in got] == [(10, 20), (11, 21), (12, 22)]
-    for record, levels in zip(got, records):
-        for a, b in zip(record.levels, levels):
+    for record, levels in zip(got, records, strict=True):
+        for a, b in zip(record.levels, levels, strict=True):
             assert a.dtype == np.int64 and a.shape == b.shape and (a == b).all()
 
 
@@ -112,20 +121,28 @@ def _forge(path, body, sizes=b'{"codebook_sizes": [300], "model": "x"}'):
     start = MAGIC + struct.pack("<HI", 1, len(sizes)) + sizes
     record = struct.pack("<BI", 1, len(body)) + body
     checksum = struct.pack("<I", zlib.crc32(record))
-    path.write_bytes(start + struct.pack("<I", zlib.crc32(start)) + record + checksum
-                     + struct.pack("<BQI", 0, 1, zlib.crc32(checksum)))
+    path.write_bytes(
+        start
+        + struct.pack("<I", zlib.crc32(start))
+        + record
+        + checksum
+        + struct.pack("<BQI", 0, 1, zlib.crc32(checksum))
+    )
 
 
-@pytest.mark.parametrize("body, why", [
-    (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 1) + struct.pack("<H", 300), "outside its codebook"),
-    (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 2**32 - 1) + b"\0\0", "does not hold"),
-    (struct.pack("<H1sIIB4I", 1, b"a", 1, 1, 4, *[2**32 - 1] * 4) + b"\0\0", "does not hold"),
-    (struct.pack("<H1sIIB2I", 1, b"a", 1, 1, 2, 0, 2**32 - 1), "does not hold"),
-    (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 1) + struct.pack("<HH", 3, 3), "longer"),
-    (struct.pack("<H", 9) + b"a", "cannot be read"),
-    (struct.pack("<H2sIIBI", 2, b"\xff\xfe", 1, 1, 1, 1) + struct.pack("<H", 3), "cannot be read"),
-    (b"", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "body, why",
+    [
+        (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 1) + struct.pack("<H", 300), "outside its codebook"),
+        (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 2**32 - 1) + b"\0\0", "does not hold"),
+        (struct.pack("<H1sIIB4I", 1, b"a", 1, 1, 4, *[2**32 - 1] * 4) + b"\0\0", "does not hold"),
+        (struct.pack("<H1sIIB2I", 1, b"a", 1, 1, 2, 0, 2**32 - 1), "does not hold"),
+        (struct.pack("<H1sIIBI", 1, b"a", 1, 1, 1, 1) + struct.pack("<HH", 3, 3), "longer"),
+        (struct.pack("<H", 9) + b"a", "cannot be read"),
+        (struct.pack("<H2sIIBI", 2, b"\xff\xfe", 1, 1, 1, 1) + struct.pack("<H", 3), "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
 def test_forged_records_with_right_checksums_are_refused(tmp_path, body, why):
     _forge(tmp_path / "t.vqt", body)
     with pytest.raises(TokenFileError, match=why), TokenReader(tmp_path / "t.vqt") as reader:
@@ -139,8 +156,18 @@ def test_the_forgery_helper_makes_valid_files(tmp_path):
         assert [int(r.levels[0][0]) for r in reader] == [299]
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{}", b'{"model": "x", "codebook_sizes": []}', b'{"model": 3, "codebook_sizes": [4]}',
-                                    b'{"model": "x", "codebook_sizes": [0]}', b'{"model": "x", "codebook_sizes": [true]}', b"nojson"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{}",
+        b'{"model": "x", "codebook_sizes": []}',
+        b'{"model": 3, "codebook_sizes": [4]}',
+        b'{"model": "x", "codebook_sizes": [0]}',
+        b'{"model": "x", "codebook_sizes": [true]}',
+        b"nojson",
+    ],
+)
 def test_forged_headers_are_refused(tmp_path, header):
     _forge(tmp_path / "t.vqt", b"", sizes=header)
     with pytest.raises(TokenFileError, match="header"):
@@ -159,7 +186,9 @@ def test_other_files_and_other_versions_are_refused(tmp_path):
         TokenReader(tmp_path / "t.vqt")
 
 
-@pytest.mark.parametrize("levels", [[np.array([5])], [np.array([-1])], [np.array([], np.int64)], [np.array([1]), np.array([1])]])
+@pytest.mark.parametrize(
+    "levels", [[np.array([5])], [np.array([-1])], [np.array([], np.int64)], [np.array([1]), np.array([1])]]
+)
 def test_the_writer_refuses_what_the_reader_would(tmp_path, levels):
     with pytest.raises(ValueError), TokenWriter(tmp_path / "t.vqt", model="x", codebook_sizes=[5]) as writer:
         writer.write("a", 1, 1, levels)
@@ -177,8 +206,13 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
 
 def test_model_hash_sees_names_values_shapes_and_dtypes():
     base = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
-    variants = [base, {**base, "a": base["a"].reshape(3, 2)}, {**base, "b": torch.zeros(2, dtype=torch.float16)},
-                {**base, "c": torch.tensor(4)}, {"a": base["a"], "b": base["b"], "d": base["c"]}]
+    variants = [
+        base,
+        {**base, "a": base["a"].reshape(3, 2)},
+        {**base, "b": torch.zeros(2, dtype=torch.float16)},
+        {**base, "c": torch.tensor(4)},
+        {"a": base["a"], "b": base["b"], "d": base["c"]},
+    ]
     assert len({model_hash(v) for v in variants}) == len(variants)
     assert model_hash(base) == model_hash(dict(reversed(list(base.items()))))
     assert model_hash(base) == model_hash({**base, "a": base["a"].t().contiguous().t()})

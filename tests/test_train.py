@@ -1,6 +1,7 @@
 """Training: configuration, checkpoints, exact resumption, what a run writes, and how a model is judged."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -20,8 +21,17 @@ from vqfast.data import save_picture
 from vqfast.models import VAE, VQVAE, load_pretrained
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import CheckpointError
-from vqfast.train.config import (Config, ConfigError, assigned, config_from, merged, parse_assignment, preset_values,
-                                 read_toml, to_json)
+from vqfast.train.config import (
+    Config,
+    ConfigError,
+    assigned,
+    config_from,
+    merged,
+    parse_assignment,
+    preset_values,
+    read_toml,
+    to_json,
+)
 from vqfast.train.evaluate import CODECS, codec_at, evaluate, psnr, restore, same_size_batches, squared_errors
 from vqfast.train.log import MetricsLog, read_metrics
 from vqfast.train.loop import TrainingError, learning_rate
@@ -29,9 +39,21 @@ from vqfast.train.plots import Chart, picture_grid, save_charts
 from vqfast.train.runs import begin_run, find_model, resume_run
 
 TINY = {
-    "model.hidden": 8, "model.residual_hidden": 4, "model.residual_layers": 1, "model.dim": 4, "model.codebook_size": 16,
-    "model.revive_below": 0.5, "data.size": 16, "data.batch_size": 4, "data.flip": True, "train.steps": 6,
-    "train.init_pictures": 8, "train.log_every": 2, "train.picture_every": 0, "train.checkpoint_every": 2, "train.threads": 1,
+    "model.hidden": 8,
+    "model.residual_hidden": 4,
+    "model.residual_layers": 1,
+    "model.dim": 4,
+    "model.codebook_size": 16,
+    "model.revive_below": 0.5,
+    "data.size": 16,
+    "data.batch_size": 4,
+    "data.flip": True,
+    "train.steps": 6,
+    "train.init_pictures": 8,
+    "train.log_every": 2,
+    "train.picture_every": 0,
+    "train.checkpoint_every": 2,
+    "train.threads": 1,
 }
 
 
@@ -53,7 +75,9 @@ def values(pictures):
     """Nested configuration values of a run of well under a second."""
 
     def make(**changes):
-        return assigned({**TINY, "data.source": str(pictures), **{key.replace("__", "."): v for key, v in changes.items()}})
+        return assigned(
+            {**TINY, "data.source": str(pictures), **{key.replace("__", "."): v for key, v in changes.items()}}
+        )
 
     return make
 
@@ -77,7 +101,7 @@ def quiet(text: str) -> None:
 
 
 def test_layers_of_values_and_the_json_that_a_run_keeps(tmp_path):
-    (tmp_path / "c.toml").write_text('[model]\ndim = 8\nscale = 0.5\n[train]\nsteps = 5\nlearning_rate = 1\n')
+    (tmp_path / "c.toml").write_text("[model]\ndim = 8\nscale = 0.5\n[train]\nsteps = 5\nlearning_rate = 1\n")
     flags = assigned(dict([parse_assignment("train.steps=7"), parse_assignment("data.source = my pictures")]))
     config = config_from(merged(preset_values("cifar10"), read_toml(tmp_path / "c.toml"), flags))
     assert (config.model.dim, config.model.rule, config.model.scale) == (8, "debiased", 0.5)  # file, preset, file
@@ -85,21 +109,24 @@ def test_layers_of_values_and_the_json_that_a_run_keeps(tmp_path):
     assert config_from(json.loads(to_json(config))) == config
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"modle": {}}, "did you mean model"),
-    ({"model": {"codebok_size": 3}}, "did you mean model.codebook_size"),
-    ({"train": {"step": 3}}, "did you mean train.steps"),
-    ({"train": {"steps": -3}}, "train.steps is -3, but must be at least 1"),
-    ({"train": {"steps": 1.5}}, "must be a whole number"),
-    ({"train": {"steps": True}}, "must be a whole number"),
-    ({"train": {"bf16": 1}}, "must be true or false"),
-    ({"train": {"learning_rate": float("nan")}}, "finite"),
-    ({"train": {"schedule": "cosin"}}, "did you mean cosine"),
-    ({"model": {"kind": "vqva"}}, "did you mean vqvae"),
-    ({"model": {"likelihood": "mes"}}, "likelihood is 'mes'"),
-    ({"model": {"dim": 0}}, "dim is 0"),
-    ({"data": 3}, "must be a section"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"modle": {}}, "did you mean model"),
+        ({"model": {"codebok_size": 3}}, "did you mean model.codebook_size"),
+        ({"train": {"step": 3}}, "did you mean train.steps"),
+        ({"train": {"steps": -3}}, "train.steps is -3, but must be at least 1"),
+        ({"train": {"steps": 1.5}}, "must be a whole number"),
+        ({"train": {"steps": True}}, "must be a whole number"),
+        ({"train": {"bf16": 1}}, "must be true or false"),
+        ({"train": {"learning_rate": float("nan")}}, "finite"),
+        ({"train": {"schedule": "cosin"}}, "did you mean cosine"),
+        ({"model": {"kind": "vqva"}}, "did you mean vqvae"),
+        ({"model": {"likelihood": "mes"}}, "likelihood is 'mes'"),
+        ({"model": {"dim": 0}}, "dim is 0"),
+        ({"data": 3}, "must be a section"),
+    ],
+)
 def test_wrong_values_are_refused_by_name(changes, said):
     with pytest.raises(ConfigError, match=said):
         config_from(changes)
@@ -121,7 +148,7 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
     settings = config_from({"train": {"steps": 100, "learning_rate": 1.0, "warmup": 9, "schedule": "cosine"}}).train
     rates = [learning_rate(settings, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and rates[99] < 0.001
-    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
 
 
 # ---- checkpoints ----
@@ -130,10 +157,19 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
 @pytest.fixture
 def saved(tmp_path):
     """A folder with checkpoints of steps 1, 2, 3 and the last one's content."""
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2).bfloat16(), "d": torch.tensor(1.5, dtype=torch.float64),
-               "e": torch.zeros(0, 3), "f": torch.randn(4, 3).t(), "g": torch.tensor([True, False])}
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.arange(5),
+        "c": torch.randn(2).bfloat16(),
+        "d": torch.tensor(1.5, dtype=torch.float64),
+        "e": torch.zeros(0, 3),
+        "f": torch.randn(4, 3).t(),
+        "g": torch.tensor([True, False]),
+    }
     for step in (1, 2, 3):
-        checkpoints.save_checkpoint(tmp_path, {**tensors, "b": torch.arange(5) + step}, {"step": step, "x": [1, "ä"]}, keep=3)
+        checkpoints.save_checkpoint(
+            tmp_path, {**tensors, "b": torch.arange(5) + step}, {"step": step, "x": [1, "ä"]}, keep=3
+        )
     return tmp_path, {**tensors, "b": torch.arange(5) + 3}
 
 
@@ -145,7 +181,10 @@ def test_checkpoints_round_trip_and_only_the_newest_stay(saved):
     for name, tensor in tensors.items():
         assert got.tensors[name].dtype == tensor.dtype and torch.equal(got.tensors[name], tensor)
     checkpoints.save_checkpoint(folder, tensors, {"step": 10}, keep=2)
-    assert [path.name for path in sorted(folder.iterdir())] == ["step-000000003.safetensors", "step-000000010.safetensors"]
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "step-000000003.safetensors",
+        "step-000000010.safetensors",
+    ]
 
 
 def test_every_cut_and_every_altered_byte_of_a_checkpoint_shows(saved):
@@ -198,7 +237,9 @@ def test_a_run_writes_what_it_says(values, tmp_path):
     outcome = begin_run(values(train__picture_every=3), folder, say=quiet)
     assert outcome.step == 6 and not outcome.interrupted
     lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 6] and all(np.isfinite(list(line.values())).all() for line in lines)
+    assert [line["step"] for line in lines] == [2, 4, 6] and all(
+        np.isfinite(list(line.values())).all() for line in lines
+    )
     with open(folder / "metrics.csv") as file:
         assert [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)] == lines
     assert config_from(json.loads((folder / "config.json").read_text())).train.steps == 6
@@ -212,10 +253,17 @@ def test_a_run_writes_what_it_says(values, tmp_path):
 
 
 def test_the_codebook_starts_from_kmeans_on_the_first_latents(values, tmp_path):
-    """With a learning rate of 0 and decay 1 nothing moves afterwards, so the codes must be means of the encoder's outputs."""
+    """With a learning rate of 0 and decay 1 nothing moves afterwards, so the codes must be means of the encoder's
+    outputs.
+    """
     for init in ("kmeans", "none"):
-        begin_run(values(train__init=init, train__learning_rate=0.0, model__decay=1.0, model__revive_below=0.0, train__steps=1),
-                  tmp_path / init, say=quiet)
+        begin_run(
+            values(
+                train__init=init, train__learning_rate=0.0, model__decay=1.0, model__revive_below=0.0, train__steps=1
+            ),
+            tmp_path / init,
+            say=quiet,
+        )
     used = {init: read_metrics(tmp_path / init / "metrics.jsonl")[-1] for init in ("kmeans", "none")}
     assert used["kmeans"]["commitment_loss"] < 0.1 * used["none"]["commitment_loss"]
     assert used["kmeans"]["usage"] > used["none"]["usage"]
@@ -237,30 +285,48 @@ def interrupt_at(step: int, number: int):
     return watch
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"model__quantizer": "loss", "model__revive_below": 0.0, "train__schedule": "cosine", "train__warmup": 2},
-    {"model__rule": "debiased", "model__revive_below": 0.0, "train__accumulate": 2, "train__bf16": True, "train__clip_norm": 1.0},
-    {"model__groups": 2, "model__likelihood": "discretized_logistic", "data__workers": 2},
-], ids=["ema", "loss", "debiased-accumulate-bf16", "groups-logistic-workers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__quantizer": "loss", "model__revive_below": 0.0, "train__schedule": "cosine", "train__warmup": 2},
+        {
+            "model__rule": "debiased",
+            "model__revive_below": 0.0,
+            "train__accumulate": 2,
+            "train__bf16": True,
+            "train__clip_norm": 1.0,
+        },
+        {"model__groups": 2, "model__likelihood": "discretized_logistic", "data__workers": 2},
+    ],
+    ids=["ema", "loss", "debiased-accumulate-bf16", "groups-logistic-workers"],
+)
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(values, tmp_path, changes):
     begin_run(values(**changes), tmp_path / "whole", say=quiet)
     said = []
-    outcome = begin_run(values(train__checkpoint_every=0, **changes), tmp_path / "cut", say=said.append,
-                        watch=interrupt_at(3, signal.SIGTERM))
+    outcome = begin_run(
+        values(train__checkpoint_every=0, **changes),
+        tmp_path / "cut",
+        say=said.append,
+        watch=interrupt_at(3, signal.SIGTERM),
+    )
     assert outcome == type(outcome)(3, True, outcome.metrics) and "--resume" in said[-1]
     assert not (tmp_path / "cut" / "model").exists()
     assert not resume_run(tmp_path / "cut", {}, say=quiet).interrupted
     assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "cut"))
     drop = {"seconds", "pictures_per_second"}
-    a, b = ([{k: v for k, v in line.items() if k not in drop} for line in read_metrics(tmp_path / run / "metrics.jsonl")]
-            for run in ("whole", "cut"))
+    a, b = (
+        [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(tmp_path / run / "metrics.jsonl")]
+        for run in ("whole", "cut")
+    )
     assert a == b, "the log of a resumed run is the log of an uninterrupted one"
 
 
 def test_a_vae_draws_the_same_noise_after_resuming(pictures, tmp_path):
-    values = assigned({key: value for key, value in TINY.items() if key not in ("model.codebook_size", "model.revive_below")}
-                      | {"model.kind": "vae", "data.source": str(pictures)})
+    values = assigned(
+        {key: value for key, value in TINY.items() if key not in ("model.codebook_size", "model.revive_below")}
+        | {"model.kind": "vae", "data.source": str(pictures)}
+    )
     begin_run(values, tmp_path / "whole", say=quiet)
     begin_run(values, tmp_path / "cut", say=quiet, watch=interrupt_at(3, signal.SIGINT))
     resume_run(tmp_path / "cut", {}, say=quiet)
@@ -315,23 +381,51 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(valu
 
     with pytest.raises(TrainingError, match="the loss is nan at step 4.*step-000000002"):
         begin_run(values(train__log_every=100), tmp_path / "run", say=quiet, watch=poison)
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000002.safetensors"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000000002.safetensors"
+    ]
 
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_no_bit(values, tmp_path):
-    """A job of 60 steps is killed again and again, checkpointing every step so that many kills fall into the writing of one."""
-    config = values(train__steps=60, train__checkpoint_every=1, train__keep=2, train__learning_rate=3e-3, data__size=32, model__hidden=32)
-    text = "".join(f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-                   for section, keys in config.items())
+    """A job of 60 steps is killed again and again, checkpointing every step so that many kills fall into the
+    writing of one.
+    """
+    config = values(
+        train__steps=60,
+        train__checkpoint_every=1,
+        train__keep=2,
+        train__learning_rate=3e-3,
+        data__size=32,
+        model__hidden=32,
+    )
+    text = "".join(
+        f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        for section, keys in config.items()
+    )
     (tmp_path / "job.toml").write_text(text)
     begin_run(config, tmp_path / "whole", say=quiet)
-    command = [sys.executable, "-m", "vqfast", "train", str(tmp_path / "job.toml"), "--out", str(tmp_path / "run"), "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "vqfast",
+        "train",
+        str(tmp_path / "job.toml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--resume",
+    ]
     moments, kills, steps = random.Random(1), 0, set()
     for _ in range(40):
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        job = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         before = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
-        while job.poll() is None and kills < 4 and checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints") == before:
+        while (
+            job.poll() is None
+            and kills < 4
+            and checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints") == before
+        ):
             time.sleep(0.002)  # until it has made progress
         if kills < 4:
             time.sleep(moments.uniform(0, 0.25))
@@ -359,7 +453,11 @@ def test_the_log_forgets_steps_after_the_checkpoint_and_half_a_line(tmp_path):
         file.write('{"step": 40, "lo')
     log = MetricsLog(tmp_path, 20)
     log.append({"step": 30, "loss": 7.0})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.2}, {"step": 30, "loss": 7.0}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 10, "loss": 0.1},
+        {"step": 20, "loss": 0.2},
+        {"step": 30, "loss": 7.0},
+    ]
     assert (tmp_path / "metrics.csv").read_text() == "step,loss\n10,0.1\n20,0.2\n30,7.0\n"
 
 
@@ -395,7 +493,7 @@ def test_evaluation_agrees_with_a_second_way_of_counting(pictures):
     # 32x40 and twice 30x37, padded to 32x40: 80 codes of 4 bits, 40 bytes, each.
     assert result.token_bytes == 40 and result.bits_per_pixel == pytest.approx(8 * 120 / (32 * 40 + 2 * 30 * 37))
     restored = [restore(model, item[None])[0][0].numpy().astype(float) for item in items]
-    mse = [((item.numpy() - other) ** 2).mean() / 255**2 for item, other in zip(items, restored)]
+    mse = [((item.numpy() - other) ** 2).mean() / 255**2 for item, other in zip(items, restored, strict=True)]
     assert result.mse == pytest.approx(np.mean(mse)) and result.psnr == pytest.approx(np.mean(-10 * np.log10(mse)))
     assert result.pictures == 3 and result.bits_per_dim > 0
 
@@ -417,13 +515,19 @@ def test_codecs_are_taken_at_the_nearest_size(codec, target, pictures):
 
 
 def test_charts_are_valid_and_say_the_same_in_svg_and_png(tmp_path):
-    chart = Chart("loss <&>", "step", {"a": ([0, 50, 100], [1.0, float("nan"), 0.01]), "b": ([0, 100], [0.5, -1.0])}, log_y=True)
+    chart = Chart(
+        "loss <&>", "step", {"a": ([0, 50, 100], [1.0, float("nan"), 0.01]), "b": ([0, 100], [0.5, -1.0])}, log_y=True
+    )
     written = save_charts([chart, Chart("empty", "x")], tmp_path / "plots" / "p.svg")
     assert [path.suffix for path in written] == [".png", ".svg"]
     root = ElementTree.parse(tmp_path / "plots" / "p.svg").getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"loss <&>", "no values yet", "a", "b", "0.01", "1"} <= set(texts)
-    lines = [e.get("points").split() for e in root.iter("{http://www.w3.org/2000/svg}polyline") if e.get("stroke") == "#1f5fa8"]
+    lines = [
+        e.get("points").split()
+        for e in root.iter("{http://www.w3.org/2000/svg}polyline")
+        if e.get("stroke") == "#1f5fa8"
+    ]
     curve = next(line for line in lines if float(line[0].split(",")[1]) != float(line[1].split(",")[1]))
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in curve)
     assert len(curve) == 2 and x0 < x1 and y0 < y1, "two finite points, falling to the right"

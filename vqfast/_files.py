@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -55,7 +56,9 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable. Some systems cannot open a folder; then the file is still whole, only maybe old."""
+    """Makes the rename itself durable. Some systems cannot open a folder; then the file is still whole, only maybe
+    old.
+    """
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

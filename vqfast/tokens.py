@@ -2,17 +2,17 @@
 
 Layout, all numbers little-endian, all checksums CRC-32::
 
-    start    8 bytes 89 'VQT' 0D 0A 1A 0A | u16 version | u32 length | header: JSON of that length | u32 checksum of all this
-    record   u8 1 | u32 length | body of that length | u32 checksum of tag, length and body
+    start    8 bytes 89 'VQT' 0D 0A 1A 0A | u16 version | u32 length | header: JSON of that length | u32 checksum of
+    all this record   u8 1 | u32 length | body of that length | u32 checksum of tag, length and body
     ...
     end      u8 0 | u64 number of records | u32 checksum of all record checksums, in order
 
     header   {"model": sha256 of the model, "codebook_sizes": [K of each level], ...free keys}
     body     u16 length | name, UTF-8 | u32 width | u32 height | for each level: u8 axes, u32 * axes, packed indices
 
-An index takes ``bits_for(K)`` bits, lowest bit first, filling bytes from the lowest bit; each level starts a new byte. Records
-are written and read one at a time, so a file may be larger than memory. A file that was cut has no end mark; an altered byte fails a
-checksum; an index outside its codebook is refused even when the checksum is right.
+An index takes ``bits_for(K)`` bits, lowest bit first, filling bytes from the lowest bit; each level starts a new
+byte. Records are written and read one at a time, so a file may be larger than memory. A file that was cut has no end
+mark; an altered byte fails a checksum; an index outside its codebook is refused even when the checksum is right.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,11 +75,15 @@ def unpack_indices(packed: bytes, count: int, bits: int) -> np.ndarray:
 
 def packed_bytes(shape: Sequence[int], codebook_size: int) -> int:
     """Bytes that one level of this shape takes in a token file."""
-    return (math.prod(map(int, shape)) * bits_for(codebook_size) + 7) // 8  # Python integers: a forged shape cannot overflow
+    return (
+        math.prod(map(int, shape)) * bits_for(codebook_size) + 7
+    ) // 8  # Python integers: a forged shape cannot overflow
 
 
 def model_hash(state: Mapping[str, Any]) -> str:
-    """The sha256 that ties tokens to a model: over names, dtypes, shapes and bytes of its state_dict, in sorted order."""
+    """The sha256 that ties tokens to a model: over names, dtypes, shapes and bytes of its state_dict, in sorted
+    order.
+    """
     return hash_tensors(state)
 
 
@@ -92,7 +97,9 @@ class TokenWriter:
         info: more JSON keys for the header (for people; readers ignore them).
     """
 
-    def __init__(self, path: str | os.PathLike, *, model: str, codebook_sizes: Sequence[int], info: Mapping | None = None):
+    def __init__(
+        self, path: str | os.PathLike, *, model: str, codebook_sizes: Sequence[int], info: Mapping | None = None
+    ):
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self._bits = [bits_for(size) for size in self.codebook_sizes]
         header = {**(info or {}), "model": model, "codebook_sizes": list(self.codebook_sizes)}
@@ -100,7 +107,7 @@ class TokenWriter:
         self._open = atomic_file(path)
         self.records, self.token_bytes, self._chain = 0, 0, 0
 
-    def __enter__(self) -> "TokenWriter":
+    def __enter__(self) -> TokenWriter:
         self._file = self._open.__enter__()
         start = MAGIC + struct.pack("<HI", VERSION, len(self._start)) + self._start
         self._file.write(start + struct.pack("<I", zlib.crc32(start)))
@@ -118,13 +125,18 @@ class TokenWriter:
         if len(encoded) > 0xFFFF:
             raise ValueError(f"a name of {len(encoded)} bytes is longer than the 65,535 that a token file can hold")
         parts = [struct.pack("<H", len(encoded)), encoded, struct.pack("<II", width, height)]
-        for level, (size, bits) in enumerate(zip(self.codebook_sizes, self._bits)):
+        for level, (size, bits) in enumerate(zip(self.codebook_sizes, self._bits, strict=True)):
             indices = np.asarray(levels[level])
             if indices.size == 0 or indices.ndim > _AXES_LIMIT:
-                raise ValueError(f"{name}: level {level} has shape {indices.shape}; a level needs 1 or more codes, {_AXES_LIMIT} axes at most")
+                raise ValueError(
+                    f"{name}: level {level} has shape {indices.shape}; it needs 1 or more codes and "
+                    f"{_AXES_LIMIT} axes at most"
+                )
             if not (0 <= int(indices.min()) and int(indices.max()) < size):
-                raise ValueError(f"{name}: level {level} has indices from {indices.min()} to {indices.max()}, outside its "
-                                 f"codebook of {size} codes")
+                raise ValueError(
+                    f"{name}: level {level} has indices from {indices.min()} to {indices.max()}, outside its "
+                    f"codebook of {size} codes"
+                )
             packed = pack_indices(indices, bits)
             parts += [struct.pack(f"<B{indices.ndim}I", indices.ndim, *indices.shape), packed]
             self.token_bytes += len(packed)
@@ -147,7 +159,8 @@ class TokenReader:
     Iterating yields :class:`TokenRecord`. ``header``, ``model`` and ``codebook_sizes`` are there at once.
 
     Raises:
-        TokenFileError: at construction when the start is damaged or no token file; while iterating at the first damaged record, so
+        TokenFileError: at construction when the start is damaged or no token file; while iterating at the first
+        damaged record, so
             everything that was yielded before is right.
     """
 
@@ -162,7 +175,7 @@ class TokenReader:
             self._file.close()
             raise
 
-    def __enter__(self) -> "TokenReader":
+    def __enter__(self) -> TokenReader:
         return self
 
     def __exit__(self, *_) -> None:
@@ -171,8 +184,10 @@ class TokenReader:
     def require_model(self, model: str) -> None:
         """Refuses to go on with a model other than the one that made these tokens."""
         if model != self.model:
-            raise TokenFileError(f"{self.path}: these tokens were made by another model (the file names {self.model[:12]}, this model "
-                                 f"is {model[:12]}); decode them with the model that encoded them")
+            raise TokenFileError(
+                f"{self.path}: these tokens were made by another model (the file names {self.model[:12]}, this model "
+                f"is {model[:12]}); decode them with the model that encoded them"
+            )
 
     def __iter__(self) -> Iterator[TokenRecord]:
         chain = count = 0
@@ -215,8 +230,10 @@ class TokenReader:
                     self._fail(f"record {number} does not hold what its shape {shape} asks for: the file was altered")
                 indices = unpack_indices(body[at : at + need], math.prod(shape), bits_for(size))
                 if int(indices.max()) >= size:
-                    self._fail(f"record {number} ({name}): level {level} has index {indices.max()}, outside its codebook of "
-                               f"{size} codes")
+                    self._fail(
+                        f"record {number} ({name}): level {level} has index {indices.max()}, outside its codebook of "
+                        f"{size} codes"
+                    )
                 levels.append(indices.reshape(shape))
                 at += need
         except (struct.error, IndexError, UnicodeDecodeError) as error:

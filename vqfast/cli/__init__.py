@@ -1,7 +1,7 @@
 """The command ``vqfast``: one module per command, found here by name and imported only when it is called.
 
-A command module has ``add_arguments(parser)`` and ``run(args) -> int``. What a user did wrong ends as one sentence on stderr and exit
-code 2; only a bug shows a traceback.
+A command module has ``add_arguments(parser)`` and ``run(args) -> int``. What a user did wrong ends as one sentence
+on stderr and exit code 2; only a bug shows a traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import importlib
 import os
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model from a preset or a TOML file; resume a run",
@@ -33,7 +33,9 @@ class UserError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 1 for failed work, 2 for a user's error, 130 after a second Ctrl-C."""
+    """Runs one command. Returns the exit code: 0, 1 for failed work, 2 for a user's error, 130 after a second
+    Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -46,12 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = argv[0]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        return _complain(f"there is no command {name!r}{f', did you mean {close[0]}?' if close else ''}; "
-                         f"the commands are {', '.join(COMMANDS)}")
+        return _complain(
+            f"there is no command {name!r}{f', did you mean {close[0]}?' if close else ''}; "
+            f"the commands are {', '.join(COMMANDS)}"
+        )
     try:
         module = importlib.import_module(f"vqfast.cli.{name}")
-        parser = argparse.ArgumentParser(prog=f"vqfast {name}", description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
-                                         epilog=getattr(module, "EPILOG", None), formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            prog=f"vqfast {name}",
+            description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("--traceback", action="store_true", help="show where an error came from")
         module.add_arguments(parser)
     except ImportError as error:
@@ -81,11 +89,20 @@ def _guarded(run, args) -> int:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """The exceptions whose messages are meant for users. Their modules are imported late, and may lack their libraries."""
+    """The exceptions whose messages are meant for users. Their modules are imported late, and may lack their
+    libraries.
+    """
     kinds: list[type[Exception]] = [UserError]
-    for module, name in (("vqfast.tokens", "TokenFileError"), ("vqfast.train.config", "ConfigError"),
-                         ("vqfast.train.checkpoint", "CheckpointError"), ("vqfast.train.loop", "TrainingError"),
-                         ("vqfast.models", "ModelFileError"), ("vqfast.data", "DataError"), ("vqfast.data", "DataFileError"), ("vqfast.data", "PictureError")):
+    for module, name in (
+        ("vqfast.tokens", "TokenFileError"),
+        ("vqfast.train.config", "ConfigError"),
+        ("vqfast.train.checkpoint", "CheckpointError"),
+        ("vqfast.train.loop", "TrainingError"),
+        ("vqfast.models", "ModelFileError"),
+        ("vqfast.data", "DataError"),
+        ("vqfast.data", "DataFileError"),
+        ("vqfast.data", "PictureError"),
+    ):
         try:
             kinds.append(getattr(importlib.import_module(module), name))
         except ImportError:
@@ -110,7 +127,12 @@ def _complain(sentence: str) -> int:
 
 
 def _overview() -> str:
-    lines = ["vqfast: exact and fast vector quantization for PyTorch", "", "  vqfast COMMAND [options]     vqfast COMMAND --help", ""]
+    lines = [
+        "vqfast: exact and fast vector quantization for PyTorch",
+        "",
+        "  vqfast COMMAND [options]     vqfast COMMAND --help",
+        "",
+    ]
     lines += [f"  {name:<12} {help}" for name, help in COMMANDS.items()]
     lines += ["", "Start with:  vqfast demo     then:  vqfast train --preset photos --data FOLDER_OF_PICTURES"]
     return "\n".join(lines)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -30,16 +31,26 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="TOML file with [model], [data], [train]")
     parser.add_argument("--preset", help="start from a preset (see the list below)")
     for flag, key, kind, help in _FLAGS:
-        parser.add_argument(flag, dest=key, type=kind, metavar=kind.__name__.upper().replace("STR", "TEXT"), help=f"{help} [{key}]")
-    parser.add_argument("--bf16", dest="train.bf16", action="store_true", default=None, help="bfloat16 autocast [train.bf16]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, like --set model.dim=32; repeatable")
+        parser.add_argument(
+            flag, dest=key, type=kind, metavar=kind.__name__.upper().replace("STR", "TEXT"), help=f"{help} [{key}]"
+        )
+    parser.add_argument(
+        "--bf16", dest="train.bf16", action="store_true", default=None, help="bfloat16 autocast [train.bf16]"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, like --set model.dim=32; repeatable"
+    )
 
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
     """The nested values that the options ask for: preset, then TOML file, then flags, then --set."""
     flags = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    return merged(preset_values(args.preset) if args.preset else {}, read_toml(args.config) if args.config else {}, assigned(flags),
-                  assigned(dict(parse_assignment(text) for text in args.set)))
+    return merged(
+        preset_values(args.preset) if args.preset else {},
+        read_toml(args.config) if args.config else {},
+        assigned(flags),
+        assigned(dict(parse_assignment(text) for text in args.set)),
+    )
 
 
 def settings_epilog() -> str:
@@ -49,16 +60,24 @@ def settings_epilog() -> str:
     from vqfast.models import PRESETS
     from vqfast.train.config import MODELS, SECTIONS
 
-    lines = ["presets:"] + [f"  {name:<18} {preset.description}" for name, preset in PRESETS.items()] + ["", "keys and their defaults:"]
+    lines = (
+        ["presets:"]
+        + [f"  {name:<18} {preset.description}" for name, preset in PRESETS.items()]
+        + ["", "keys and their defaults:"]
+    )
     for section, kind in SECTIONS.items():
-        lines += [f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata['help']}" for f in dataclasses.fields(kind)]
+        lines += [
+            f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata['help']}"
+            for f in dataclasses.fields(kind)
+        ]
     lines += [f"  {'model.' + f.name:<24} {f.default}" for f in dataclasses.fields(MODELS["vqvae"][1])]
     lines += [f"  {'model.kind':<24} {'vqvae':<14} {' or '.join(MODELS)}"]
     return "\n".join(lines)
 
 
 class Pictures:
-    """Pictures from one file or a folder (any depth, any size), one at a time; those that cannot be read are skipped and counted.
+    """Pictures from one file or a folder (any depth, any size), one at a time; those that cannot be read are skipped
+    and counted.
 
     Args:
         path: a picture or a folder.

@@ -1,11 +1,13 @@
-"""Timing against plain PyTorch: the same work, the same run, medians after warm-up, and no number before the result is right."""
+"""Timing against plain PyTorch: the same work, the same run, medians after warm-up, and no number before the result
+is right.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ from vqfast.nn import VectorQuantizerEMA
 class PlainQuantizer(nn.Module):
     """The quantizer as tutorials write it: cdist, argmin, one-hot, moving averages, straight-through."""
 
-    def __init__(self, dim: int, codebook_size: int, decay: float = 0.99, eps: float = 1e-5, commitment_weight: float = 0.25):
+    def __init__(
+        self, dim: int, codebook_size: int, decay: float = 0.99, eps: float = 1e-5, commitment_weight: float = 0.25
+    ):
         super().__init__()
         self.decay, self.eps, self.commitment_weight = decay, eps, commitment_weight
         self.register_buffer("codebook", torch.randn(codebook_size, dim))
@@ -43,11 +47,15 @@ class PlainQuantizer(nn.Module):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Median milliseconds of one training step of the quantizer (forward, backward, codebook update) in both implementations."""
+    """Median milliseconds of one training step of the quantizer (forward, backward, codebook update) in both
+    implementations.
+    """
 
     ours: float
     plain: float
-    agreement: float  # part of the rows for which plain PyTorch chose the true nearest code; ours is 1, or there is no time
+    agreement: (
+        float  # part of the rows for which plain PyTorch chose the true nearest code; ours is 1, or there is no time
+    )
 
     @property
     def ratio(self) -> float:
@@ -111,8 +119,10 @@ def _gate(ours: nn.Module, plain: nn.Module, z: Tensor) -> float:
     ours.train(), plain.train()
     if not torch.equal(out.indices, truth) or not torch.equal(out.quantized, ours.codebook[truth]):
         wrong = int((out.indices != truth).sum())
-        raise RuntimeError(f"the quantizer chose a wrong code for {wrong} of {len(z)} rows, so it is not timed; please report this "
-                           f"with the output of `vqfast doctor`\n{vqfast.explain('nearest', z, ours.codebook)}")
+        raise RuntimeError(
+            f"the quantizer chose a wrong code for {wrong} of {len(z)} rows, so it is not timed; please report this "
+            f"with the output of `vqfast doctor`\n{vqfast.explain('nearest', z, ours.codebook)}"
+        )
     return float((chosen == truth).double().mean())
 
 

@@ -21,11 +21,13 @@ def run(args) -> int:
     if args.name is None:
         for name in SOURCES:
             folder = default_folder(name)
-            print(f"{name:<10} {'in ' + str(folder) if folder.is_dir() else 'not here; fetch it with: vqfast data ' + name}")
+            print(f"{name:<10} {f'in {folder}' if folder.is_dir() else f'not here; fetch it with: vqfast data {name}'}")
         print("photographs is inside the package, always here")
         return 0
     if args.name not in SOURCES:
-        raise UserError(f"there is no data set {args.name!r}{did_you_mean(args.name, SOURCES)}; there are {', '.join(SOURCES)}")
+        raise UserError(
+            f"there is no data set {args.name!r}{did_you_mean(args.name, SOURCES)}; there are {', '.join(SOURCES)}"
+        )
     where = fetch(args.name, Path(args.folder) if args.folder else None, local=Path(args.local) if args.local else None)
     print(f"{args.name} is in {where}")
     return 0

@@ -47,17 +47,26 @@ def run(args) -> int:
 def picture_name(name: str, source: str, taken: set[PurePosixPath]) -> PurePosixPath:
     """Where a picture goes inside the folder: its own name with .png, never outside the folder and never twice."""
     path = PurePosixPath(name)
-    unsafe = path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or "\0" in name or ":" in path.parts[0]
+    unsafe = (
+        path.is_absolute()
+        or ".." in path.parts
+        or not path.name
+        or "\\" in name
+        or "\0" in name
+        or ":" in path.parts[0]
+    )
     if unsafe:
         raise TokenFileError(f"{source}: the picture name {name!r} points outside the folder, so it is refused")
-    places = itertools.chain([path.with_suffix(".png")], (path.with_name(f"{path.name}{end}.png") for end in _endings()))
+    places = itertools.chain(
+        [path.with_suffix(".png")], (path.with_name(f"{path.name}{end}.png") for end in _endings())
+    )
     place = next(place for place in places if place not in taken)  # a.jpg and a.png give a.png and a.png.png
     taken.add(place)
     return place
 
 
 def _endings():
-    """"", then ".2", ".3", ..."""
+    """Nothing, then .2, .3, and so on."""
     yield ""
     yield from (f".{number}" for number in itertools.count(2))
 
@@ -69,8 +78,10 @@ def picture_of(model, record: TokenRecord, source: str) -> torch.Tensor:
     height, width = -(-record.height // stride) * stride, -(-record.width // stride) * stride
     expected = [tuple(shape) for shape in model.latent_shapes(height, width)] if height and width else []
     if [level.shape for level in record.levels] != expected:
-        raise TokenFileError(f"{source}: {record.name} has codes of shape {[level.shape for level in record.levels]}, a picture of "
-                             f"{record.width}x{record.height} pixels has {expected} with this model")
+        raise TokenFileError(
+            f"{source}: {record.name} has codes of shape {[level.shape for level in record.levels]}, a picture of "
+            f"{record.width}x{record.height} pixels has {expected} with this model"
+        )
     device = next(model.parameters()).device
     levels = [torch.from_numpy(level)[None].to(device) for level in record.levels]
     return float_to_pixels(model.decode(levels))[0, :, : record.height, : record.width].cpu()

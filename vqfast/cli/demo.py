@@ -24,25 +24,51 @@ from vqfast.train.runs import begin_run, find_model
 
 # Small enough for two minutes on two cores, large enough that one recognises the pictures.
 SETTINGS = {
-    "model.hidden": 48, "model.residual_hidden": 24, "model.residual_layers": 2, "model.dim": 32, "model.codebook_size": 512,
-    "model.revive_below": 0.1, "data.source": "photographs", "data.size": 64, "data.batch_size": 16, "data.flip": True,
-    "train.learning_rate": 2e-3, "train.schedule": "cosine", "train.clip_norm": 1.0, "train.init": "kmeans",
+    "model.hidden": 64,
+    "model.residual_hidden": 32,
+    "model.residual_layers": 2,
+    "model.dim": 32,
+    "model.codebook_size": 512,
+    "model.decay": 0.95,
+    "model.revive_below": 1.0,
+    "data.source": "photographs",
+    "data.size": 64,
+    "data.batch_size": 16,
+    "data.flip": True,
+    "train.learning_rate": 2e-3,
+    "train.schedule": "cosine",
+    "train.clip_norm": 1.0,
+    "train.init": "kmeans",
 }
 _TIMED_ROWS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500, about two minutes on two cores)")
-    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where everything goes; a number is added when it is taken")
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="training steps (default 1500, about two minutes on two cores)"
+    )
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="FOLDER", help="where everything goes; a number is added when it is taken"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
 
 def run(args) -> int:
     folder = free_folder(Path(args.out))
     every = max(1, args.steps // 10)
-    values = assigned({**SETTINGS, "train.steps": args.steps, "train.seed": args.seed, "train.log_every": every,
-                       "train.picture_every": 0, "train.checkpoint_every": max(1, args.steps // 2)})
-    print("A VQ-VAE learns to write photographs with 512 codes, each for 4x4 pixels: 0.56 bits per pixel instead of 24.\n")
+    values = assigned(
+        {
+            **SETTINGS,
+            "train.steps": args.steps,
+            "train.seed": args.seed,
+            "train.log_every": every,
+            "train.picture_every": 0,
+            "train.checkpoint_every": max(1, args.steps // 2),
+        }
+    )
+    print(
+        "A VQ-VAE learns to write photographs with 512 codes, each for 4x4 pixels: 0.56 bits per pixel instead of 24.\n"
+    )
     if begin_run(values, folder).interrupted:
         return 0
     model, _, _ = find_model(folder)
@@ -53,10 +79,22 @@ def run(args) -> int:
     print("\nTraining\n" + "\n".join(training_table(read_metrics(folder / "metrics.jsonl"))))
     print(f"\nThe {judged.pictures} photographs that it never saw\n" + "\n".join(table(judged)))
     print("\nThe quantizer alone\n" + "\n".join(timing_table(*time_quantizer(model))))
-    print("\nLook at\n" + "\n".join(f"  {path!s:<36} {what}" for path, what in (
-        (grid, "originals over reconstructions"), (folder / "plots" / "training.png", "loss, perplexity, usage (also as .svg)"),
-        (tokens, "all 16 photographs as tokens"), (folder / "model", "the model, for vqfast.models.load_pretrained"))))
-    print(f"Try\n  vqfast decode {folder} {tokens} {folder / 'decoded'}\n  vqfast train --resume {folder} --steps {2 * args.steps}")
+    print(
+        "\nLook at\n"
+        + "\n".join(
+            f"  {path!s:<36} {what}"
+            for path, what in (
+                (grid, "originals over reconstructions"),
+                (folder / "plots" / "training.png", "loss, perplexity, usage (also as .svg)"),
+                (tokens, "all 16 photographs as tokens"),
+                (folder / "model", "the model, for vqfast.models.load_pretrained"),
+            )
+        )
+    )
+    print(
+        f"Try\n  vqfast decode {folder} {tokens} {folder / 'decoded'}\n"
+        f"  vqfast train --resume {folder} --steps {2 * args.steps}"
+    )
     return 0
 
 
@@ -84,14 +122,19 @@ def draw(model):
     seen, held_out = photographs("train"), photographs("test")
     pixels = torch.stack([held_out[0], held_out[1], seen[len(seen) // 3], seen[2 * len(seen) // 3]])
     restored, _, _ = restore(model, pixels)
-    return picture_grid([("original", channels_last(pixels)), ("reconstruction from tokens", channels_last(restored))], columns=2)
+    return picture_grid(
+        [("original", channels_last(pixels)), ("reconstruction from tokens", channels_last(restored))], columns=2
+    )
 
 
 def training_table(lines: list[dict]) -> list[str]:
     """The log as a table."""
     rows = ["   step     loss   reconstruction   perplexity   usage   pictures/s"]
-    return rows + [f"{line['step']:>7} {line['loss']:>8.4f} {line['reconstruction_loss']:>16.4f} {line['perplexity']:>12.1f} "
-                   f"{line['usage']:>7.0%} {line['pictures_per_second']:>12.0f}" for line in lines]
+    return rows + [
+        f"{line['step']:>7} {line['loss']:>8.4f} {line['reconstruction_loss']:>16.4f} {line['perplexity']:>12.1f} "
+        f"{line['usage']:>7.0%} {line['pictures_per_second']:>12.0f}"
+        for line in lines
+    ]
 
 
 @torch.no_grad()
@@ -108,10 +151,13 @@ def time_quantizer(model) -> tuple[StepTimes, torch.Tensor, torch.Tensor]:
 def timing_table(times: StepTimes, rows: torch.Tensor, codebook: torch.Tensor) -> list[str]:
     """What the comparison measured, and under which conditions."""
     backend = vqfast.explain("nearest", rows, codebook).splitlines()[0]
-    return [f"  training step of {len(rows)} rows of {rows.shape[1]}, {len(codebook)} codes, {torch.get_num_threads()} threads; {backend}",
-            f"  vqfast         {times.ours:8.2f} ms   every code is the nearest one (checked in float64 just now)",
-            f"  plain PyTorch  {times.plain:8.2f} ms   {times.agreement:.2%} of its codes are; cdist, argmin, one-hot averages",
-            f"  ratio          {times.ratio:8.2f}      medians of 15 in turns, after warm-up"]
+    return [
+        f"  training step of {len(rows)} rows of {rows.shape[1]}, {len(codebook)} codes, "
+        f"{torch.get_num_threads()} threads; {backend}",
+        f"  vqfast         {times.ours:8.2f} ms   every code is the nearest one (checked in float64 just now)",
+        f"  plain PyTorch  {times.plain:8.2f} ms   {times.agreement:.2%} of its codes are; cdist, argmin, one-hot",
+        f"  ratio          {times.ratio:8.2f}      medians of 15 in turns, after warm-up",
+    ]
 
 
 def main() -> int:
@@ -123,4 +169,3 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-

@@ -14,11 +14,17 @@ import vqfast
 from vqfast import _backends
 
 # (import name, package, what it is for)
-PACKAGES = (("numpy", "numpy", "training, pictures, token files"), ("PIL", "Pillow", "pictures"),
-            ("safetensors", "safetensors", "models and checkpoints"), ("tqdm", "tqdm", "progress bars"),
-            ("pytorch_msssim", "pytorch-msssim", "SSIM"), ("torchmetrics", "torchmetrics", "SSIM, another way"),
-            ("tensorboard", "tensorboard", "TensorBoard logs"), ("triton", "triton", "Triton kernels"),
-            ("huggingface_hub", "huggingface-hub", "sharing models"))
+PACKAGES = (
+    ("numpy", "numpy", "training, pictures, token files"),
+    ("PIL", "Pillow", "pictures"),
+    ("safetensors", "safetensors", "models and checkpoints"),
+    ("tqdm", "tqdm", "progress bars"),
+    ("pytorch_msssim", "pytorch-msssim", "SSIM"),
+    ("torchmetrics", "torchmetrics", "SSIM, another way"),
+    ("tensorboard", "tensorboard", "TensorBoard logs"),
+    ("triton", "triton", "Triton kernels"),
+    ("huggingface_hub", "huggingface-hub", "sharing models"),
+)
 
 
 FAMILIES = ("nearest", "gather", "quantize", "ema", "residual")
@@ -29,8 +35,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    for title, lines in (("versions", versions()), ("backends", backends()), ("environment variables", variables()),
-                         ("optional packages", packages())):
+    for title, lines in (
+        ("versions", versions()),
+        ("backends", backends()),
+        ("environment variables", variables()),
+        ("optional packages", packages()),
+    ):
         print(title)
         print("\n".join(f"  {line}" for line in lines))
     return 0
@@ -38,11 +48,19 @@ def run(args) -> int:
 
 def versions() -> list[str]:
     cuda = torch.version.cuda or "none"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     compiler = next((found for found in map(shutil.which, ("g++", "c++", "clang++")) if found), "none")
-    return [f"vqfast    {vqfast.__version__}", f"torch     {torch.__version__} (CUDA {cuda})", f"Python    {platform.python_version()}",
-            f"system    {platform.platform()}", f"processor {platform.machine()}, {os.cpu_count()} logical cores, torch uses "
-            f"{torch.get_num_threads()} threads", f"GPU       {', '.join(gpus) or 'none that PyTorch sees'}", f"compiler  {compiler}"]
+    return [
+        f"vqfast    {vqfast.__version__}",
+        f"torch     {torch.__version__} (CUDA {cuda})",
+        f"Python    {platform.python_version()}",
+        f"system    {platform.platform()}",
+        f"processor {platform.machine()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
+        f"GPU       {', '.join(gpus) or 'none that PyTorch sees'}",
+        f"compiler  {compiler}",
+    ]
 
 
 def backends() -> list[str]:
@@ -53,7 +71,9 @@ def backends() -> list[str]:
         alike: dict[str, list[str]] = {}  # families with the same answers share their lines
         for family in FAMILIES:
             first, *rest = vqfast.explain(family, x, x).splitlines()
-            text = "\n".join([first.partition(": ")[2] + f" with tensors on {device}", *rest]).replace(f"{family} has", "it has")
+            text = "\n".join([first.partition(": ")[2] + f" with tensors on {device}", *rest]).replace(
+                f"{family} has", "it has"
+            )
             alike.setdefault(text, []).append(family)
         lines += [line for text, families in alike.items() for line in f"{', '.join(families)}: {text}".splitlines()]
     return lines
@@ -73,6 +93,10 @@ def packages() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             state = "there"
         except ImportError as error:
-            state = "missing" if isinstance(error, ModuleNotFoundError) and error.name == module else f"cannot be imported ({error})"
+            state = (
+                "missing"
+                if isinstance(error, ModuleNotFoundError) and error.name == module
+                else f"cannot be imported ({error})"
+            )
         lines.append(f"{package:<16} {state:<12} {purpose}")
     return lines

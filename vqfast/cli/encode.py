@@ -11,7 +11,8 @@ from vqfast.train.evaluate import encode_pictures, same_size_batches
 from vqfast.train.ranks import pick_device
 from vqfast.train.runs import find_model
 
-EPILOG = "Pictures are read, encoded and written a few at a time. A picture that cannot be read is skipped, counted and named."
+EPILOG = """\
+Pictures are read, encoded and written a few at a time. One that cannot be read is skipped, counted and named."""
 
 
 def add_arguments(parser) -> None:
@@ -29,7 +30,9 @@ def run(args) -> int:
         raise UserError(f"{args.tokens} is a folder; name the token file to write")
     pictures, pixels = Pictures(args.pictures, model.config.in_channels), 0
     sizes = [quantizer.codebook_size for quantizer in model.quantizers]
-    with TokenWriter(args.tokens, model=model_hash(model.state_dict()), codebook_sizes=sizes, info={"kind": "pictures"}) as writer:
+    with TokenWriter(
+        args.tokens, model=model_hash(model.state_dict()), codebook_sizes=sizes, info={"kind": "pictures"}
+    ) as writer:
         for names, batch in same_size_batches(pictures):
             levels = [level.cpu().numpy() for level in encode_pictures(model, batch)[0]]
             for place, name in enumerate(names):
@@ -38,11 +41,15 @@ def run(args) -> int:
         for line in pictures.report():
             print(line)
         if not writer.records:
-            raise UserError(f"none of the {len(pictures.skipped)} pictures in {args.pictures} can be read, so there is no token file")
+            raise UserError(
+                f"none of the {len(pictures.skipped)} pictures in {args.pictures} can be read; there is no token file"
+            )
     size = Path(args.tokens).stat().st_size
     skipped = f", {len(pictures.skipped)} skipped" if pictures.skipped else ""
-    print(f"{args.tokens}: {writer.records} pictures{skipped}, {size:,} bytes, {8 * size / pixels:.3f} bits per pixel "
-          f"({8 * writer.token_bytes / pixels:.3f} of them tokens)")
+    print(
+        f"{args.tokens}: {writer.records} pictures{skipped}, {size:,} bytes, {8 * size / pixels:.3f} bits per pixel "
+        f"({8 * writer.token_bytes / pixels:.3f} of them tokens)"
+    )
     return 0
 
 
@@ -50,4 +57,3 @@ def require_codes(model, name: str) -> None:
     """A VAE has no codes to write or read."""
     if not model.quantizers:
         raise UserError(f"{name} is a plain VAE; it has no codebook, so there are no tokens")
-

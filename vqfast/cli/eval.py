@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from vqfast.train.sources import SOURCES, open_sources
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", help="a run's folder, a checkpoint file, or a folder from save_pretrained")
-    parser.add_argument("--data", metavar="TEXT", help="photographs, cifar10, mnist (their test parts), or a picture or folder (whole pictures); "
-                                                       "default: the run's own test pictures")
+    parser.add_argument(
+        "--data",
+        metavar="TEXT",
+        help="photographs, cifar10, mnist (their test parts), or a picture or folder (whole pictures); "
+        "default: the run's own test pictures",
+    )
     parser.add_argument("--pictures", type=int, default=500, help="how many, evenly spread (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--no-codecs", action="store_true", help="leave out JPEG and WebP")
@@ -49,7 +54,7 @@ def _pictures(args, model, config):
     channels = model.config.in_channels
     if args.data is not None and args.data not in SOURCES:
         source = Pictures(args.data, channels)
-        return (picture for _, (_, picture) in zip(range(args.pictures), source)), args.data, source
+        return (picture for _, picture in itertools.islice(source, args.pictures)), args.data, source
     if args.data is None and config is None:
         raise UserError(f"{args.model} does not say what it was trained on; name the pictures with --data")
     data = config.data if config is not None else DataConfig()
@@ -65,17 +70,23 @@ def table(result: Evaluation) -> list[str]:
     lines = [f"MSE                {result.mse:.6f}      PSNR {result.psnr:.2f} dB      SSIM {_or(result.ssim, '.4f')}"]
     if result.bits_per_dim is not None:
         lines += [f"bits/dim           {result.bits_per_dim:.3f}"]
-    for level, (perplexity, usage) in enumerate(zip(result.perplexity, result.usage)):
+    for level, (perplexity, usage) in enumerate(zip(result.perplexity, result.usage, strict=True)):
         name = f"level {level}" if len(result.perplexity) > 1 else "codes"
         lines += [f"{name:<18} perplexity {perplexity:.1f}, {usage:.1%} of the codebook used"]
     if result.token_bytes is not None:
-        lines += [f"tokens             {result.bits_per_pixel:.3f} bits per pixel, {result.token_bytes:,.0f} bytes a picture"]
+        lines += [
+            f"tokens             {result.bits_per_pixel:.3f} bits per pixel, {result.token_bytes:,.0f} bytes a picture"
+        ]
     if result.codecs:
-        lines += ["", "at the nearest equal size   bytes     PSNR     SSIM",
-                  f"  {'these tokens':<22} {result.token_bytes:>8,.0f} {result.psnr:>8.2f} {_or(result.ssim, '8.4f')}"]
+        lines += [
+            "",
+            "at the nearest equal size   bytes     PSNR     SSIM",
+            f"  {'these tokens':<22} {result.token_bytes:>8,.0f} {result.psnr:>8.2f} {_or(result.ssim, '8.4f')}",
+        ]
         for codec in result.codecs:
-            lines += [f"  {codec.name + f' quality {codec.quality}':<22} {codec.bytes:>8,.0f} {codec.psnr:>8.2f} {_or(codec.ssim, '8.4f')}"
-                      + ("   (cannot go lower)" if codec.too_large else "")]
+            name, remark = f"{codec.name} quality {codec.quality}", "   (cannot go lower)" if codec.too_large else ""
+            figures = f"{codec.bytes:>8,.0f} {codec.psnr:>8.2f} {_or(codec.ssim, '8.4f')}"
+            lines += [f"  {name:<22} {figures}{remark}"]
     return lines + [f"note: {note}" for note in result.notes]
 
 

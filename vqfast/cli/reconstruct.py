@@ -36,7 +36,9 @@ def run(args) -> int:
     for name, picture in pictures:
         restored = restore(model, picture[None])[0][0]
         gap = torch.full((picture.shape[0], picture.shape[1], _GAP), 255, dtype=torch.uint8)
-        save_picture(Path(args.out) / picture_name(name, args.pictures, taken), torch.cat([picture, gap, restored], dim=2))
+        save_picture(
+            Path(args.out) / picture_name(name, args.pictures, taken), torch.cat([picture, gap, restored], dim=2)
+        )
         ratios += psnr(squared_errors(picture[None], restored[None])).tolist()
         if len(ratios) == args.limit:
             break

@@ -15,7 +15,10 @@ from vqfast.train.plots import Chart, save_charts
 from vqfast.train.runs import begin_run, find_model, resume_run
 from vqfast.train.sources import open_sources
 
-EPILOG = "Runs that are finished are not repeated, an interrupted one goes on, so a sweep can be stopped and started again.\n\n" + settings_epilog()
+EPILOG = f"""\
+Runs that are finished are not repeated, an interrupted one goes on, so a sweep can be stopped and started again.
+
+{settings_epilog()}"""
 
 
 def add_arguments(parser) -> None:
@@ -23,7 +26,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--beta", nargs="+", type=float, default=[0.25], metavar="B", help="commitment weights")
     parser.add_argument("--codebook-sizes", nargs="+", type=int, default=[128, 512], metavar="K", help="codebook sizes")
     parser.add_argument("--pictures", type=int, default=200, help="test pictures to judge by")
-    parser.add_argument("--out", default="runs/sweep", metavar="FOLDER", help="gets one folder per run and the comparison")
+    parser.add_argument(
+        "--out", default="runs/sweep", metavar="FOLDER", help="gets one folder per run and the comparison"
+    )
 
 
 def run(args) -> int:
@@ -56,8 +61,13 @@ def _train_one(values: dict, folder: Path, pictures: int) -> dict | None:
     model, config, _ = find_model(folder)
     test = open_sources(config.data, config.model.in_channels).test
     judged = evaluate(model, (test[i] for i in range(min(pictures, len(test)))), codecs=False, likelihood=False)
-    return {"psnr": round(judged.psnr, 3), "mse": round(judged.mse, 6), "perplexity": round(judged.perplexity[0], 2),
-            "usage": round(judged.usage[0], 4), "bits_per_pixel": round(judged.bits_per_pixel, 4)}
+    return {
+        "psnr": round(judged.psnr, 3),
+        "mse": round(judged.mse, 6),
+        "perplexity": round(judged.perplexity[0], 2),
+        "usage": round(judged.usage[0], 4),
+        "bits_per_pixel": round(judged.bits_per_pixel, 4),
+    }
 
 
 def _write(rows: list[dict], folder: Path) -> None:
@@ -71,11 +81,13 @@ def _write(rows: list[dict], folder: Path) -> None:
         series = {}
         for beta in dict.fromkeys(row["beta"] for row in rows):
             points = sorted((row["codebook_size"], row[key]) for row in rows if row["beta"] == beta)
-            series[f"beta {beta:g}"] = tuple(zip(*points))
+            series[f"beta {beta:g}"] = tuple(zip(*points, strict=True))
         charts.append(Chart(title, "codes", series))
     written = save_charts(charts, folder / "sweep.svg")
     print("  beta  codes    PSNR   perplexity   usage   bits/pixel")
     for row in rows:
-        print(f"{row['beta']:>6g} {row['codebook_size']:>6} {row['psnr']:>7.2f} {row['perplexity']:>12.1f} {row['usage']:>7.0%} "
-              f"{row['bits_per_pixel']:>12.3f}")
+        print(
+            f"{row['beta']:>6g} {row['codebook_size']:>6} {row['psnr']:>7.2f} {row['perplexity']:>12.1f} "
+            f"{row['usage']:>7.0%} {row['bits_per_pixel']:>12.3f}"
+        )
     print(f"written: {folder / 'sweep.csv'}, {written[0]}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder by step, newest last. Temporary and foreign files do not count."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -120,7 +123,10 @@ def optimizer_from(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     found = [(name.split(".", 2)[1:], value) for name, value in tensors.items() if name.startswith("optimizer.")]
     for (parameter, key), value in [*found, *((name.split(".", 1), value) for name, value in meta["values"].items())]:
         state.setdefault(int(parameter), {})[key] = value
-    groups = [{key: tuple(value) if key == "betas" else value for key, value in group.items()} for group in meta["param_groups"]]
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in meta["param_groups"]
+    ]
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, KeyError) as error:
@@ -135,10 +141,17 @@ def load_model_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], so
     """
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()] + [f"{name} is unknown" for name in state.keys() - own.keys()]
-    wrong += [f"{name} is {list(state[name].shape)}, the model has {list(own[name].shape)}"
-              for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()] + [
+        f"{name} is unknown" for name in state.keys() - own.keys()
+    ]
+    wrong += [
+        f"{name} is {list(state[name].shape)}, the model has {list(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
     if wrong:
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(sorted(wrong)[:3])}"
-                              + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise CheckpointError(
+            f"{source} does not fit this model: {'; '.join(sorted(wrong)[:3])}"
+            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
     model.load_state_dict(state)

@@ -10,9 +10,10 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from vqfast.models import VAE, VQVAE, VAEConfig, VQVAEConfig
 from vqfast.models.presets import PRESETS
@@ -35,7 +36,9 @@ def _key(default: Any, help: str, *, least: float | None = None, most: float | N
 @dataclass(frozen=True)
 class DataConfig:
     source: str = _key("photographs", "photographs (embedded), cifar10, mnist, or a folder of pictures")
-    test: str = _key("", "folder of pictures to judge by; empty: the source's own test part, for a folder the training pictures")
+    test: str = _key(
+        "", "folder of pictures to judge by; empty: the source's own test part, for a folder the training pictures"
+    )
     folder: str = _key("", "where the files of cifar10 or mnist lie; empty: where `vqfast data` puts them")
     size: int = _key(64, "side of the square crops in pixels (pictures of cifar10 are 32, of mnist 28)", least=4)
     resize: int = _key(0, "scale the shorter side to this many pixels before cropping; 0: no", least=0)
@@ -52,8 +55,11 @@ class TrainConfig:
     warmup: int = _key(0, "steps in which the learning rate rises from 0", least=0)
     clip_norm: float = _key(0.0, "largest gradient norm; 0: no limit", least=0.0)
     accumulate: int = _key(1, "forward and backward rounds per optimizer step", least=1)
-    init: str = _key("kmeans", "how the codebook starts: k-means on the first pictures, or as the layer made it",
-                     choices=("kmeans", "none"))
+    init: str = _key(
+        "kmeans",
+        "how the codebook starts: k-means on the first pictures, or as the layer made it",
+        choices=("kmeans", "none"),
+    )
     init_pictures: int = _key(128, "pictures whose latents k-means sees", least=1)
     seed: int = _key(0, "seed of weights and of everything random in training", least=0)
     device: str = _key("auto", "auto, cpu, cuda or cuda:N")
@@ -89,7 +95,8 @@ def config_from(values: Mapping[str, Any]) -> Config:
     """A checked configuration from nested plain values, as TOML or JSON give them.
 
     Args:
-        values: ``{"model": {"kind": "vqvae", ...}, "data": {...}, "train": {...}}``; whatever is absent has its default.
+        values: ``{"model": {"kind": "vqvae", ...}, "data": {...}, "train": {...}}``; whatever is absent has its
+            default.
 
     Raises:
         ConfigError: an unknown section or key, a wrong type, or a value outside its limits.
@@ -97,13 +104,17 @@ def config_from(values: Mapping[str, Any]) -> Config:
     known = ("model", *SECTIONS)
     for section, keys in values.items():
         if section not in known:
-            raise ConfigError(f"unknown section [{section}]{did_you_mean(section, known)}; the sections are {', '.join(known)}")
+            raise ConfigError(
+                f"unknown section [{section}]{did_you_mean(section, known)}; the sections are {', '.join(known)}"
+            )
         if not isinstance(keys, Mapping):
             raise ConfigError(f"{section} must be a section with keys, like [{section}] in TOML, got {keys!r}")
     model = dict(values.get("model", {}))
     kind = model.pop("kind", "vqvae")
     if kind not in MODELS:
-        raise ConfigError(f"model.kind is {kind!r}{did_you_mean(str(kind), MODELS)}; it must be one of {', '.join(MODELS)}")
+        raise ConfigError(
+            f"model.kind is {kind!r}{did_you_mean(str(kind), MODELS)}; it must be one of {', '.join(MODELS)}"
+        )
     parts = {name: _section(name, section, values.get(name, {})) for name, section in SECTIONS.items()}
     try:
         return Config(kind, _section("model", MODELS[kind][1], model), **parts)
@@ -118,14 +129,21 @@ def preset_values(name: str) -> dict:
         ConfigError: there is no such preset; the message lists them.
     """
     if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"there is no preset {name!r}{did_you_mean(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
+        )
     preset = PRESETS[name]
     kind = next(kind for kind, (_, config) in MODELS.items() if isinstance(preset.model, config))
     settings = preset.training
     return {
         "model": {"kind": kind, **dataclasses.asdict(preset.model)},
-        "data": {"source": "" if settings.dataset == "folder" else settings.dataset, "size": settings.size,
-                 "resize": settings.resize, "flip": settings.flip, "batch_size": settings.batch_size},
+        "data": {
+            "source": "" if settings.dataset == "folder" else settings.dataset,
+            "size": settings.size,
+            "resize": settings.resize,
+            "flip": settings.flip,
+            "batch_size": settings.batch_size,
+        },
         "train": {"steps": settings.steps, "learning_rate": settings.learning_rate},
     }
 
@@ -141,8 +159,10 @@ def _section(section: str, kind: type, values: Mapping[str, Any]) -> Any:
         limits = {"choices": (), "least": None, "most": None, **fields[key].metadata}
         value = checked[key] = check_value(name, value, types_[key])
         if limits["choices"] and value not in limits["choices"]:
-            raise ConfigError(f"{name} is {value!r}{did_you_mean(str(value), limits['choices'])}; "
-                              f"it must be one of {', '.join(limits['choices'])}")
+            raise ConfigError(
+                f"{name} is {value!r}{did_you_mean(str(value), limits['choices'])}; "
+                f"it must be one of {', '.join(limits['choices'])}"
+            )
         if limits["least"] is not None and value < limits["least"]:
             raise ConfigError(f"{name} is {value}, but must be at least {limits['least']}")
         if limits["most"] is not None and value > limits["most"]:
@@ -168,8 +188,10 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
     elif origin is typing.Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"{name} is {value!r}{did_you_mean(str(value), [str(a) for a in arguments])}; it must be one of "
-                          f"{', '.join(map(str, arguments))}")
+        raise ConfigError(
+            f"{name} is {value!r}{did_you_mean(str(value), [str(a) for a in arguments])}; it must be one of "
+            f"{', '.join(map(str, arguments))}"
+        )
     elif origin in (tuple, list, Sequence) and isinstance(value, (list, tuple)):
         return tuple(check_value(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
     elif kind is Any or (kind is type(None) and value is None):
@@ -222,7 +244,8 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"train.steps=100"`` as ``("train.steps", 100)``: the value is read as TOML, or as plain text when it is no TOML.
+    """``"train.steps=100"`` as ``("train.steps", 100)``: the value is read as TOML, or as plain text when it is no
+    TOML.
 
     Raises:
         ConfigError: there is no ``=`` or no section.
@@ -248,12 +271,16 @@ def merged(*layers: Mapping[str, Any]) -> dict:
 
 def assigned(assignments: Mapping[str, Any]) -> dict:
     """``{"train.steps": 3}`` as ``{"train": {"steps": 3}}``."""
-    return merged(*({section: {key: value}} for (section, _, key), value in
-                    ((name.partition("."), value) for name, value in assignments.items())))
+    return merged(
+        *(
+            {section: {key: value}}
+            for (section, _, key), value in ((name.partition("."), value) for name, value in assignments.items())
+        )
+    )
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """", did you mean X?" when a known word is close, else nothing."""
+    """The words `, did you mean X?` when a known word is close, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
 from vqfast.tokens import packed_bytes
 
-# (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG documentation advises.
+# (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG
+# documentation advises.
 CODECS = (("JPEG", 1, 95, {"optimize": True}), ("WEBP", 0, 100, {"method": 6}))
 _BATCH_PIXELS = 1 << 18  # pictures of the same size go through the model together up to this many pixels
 
@@ -32,7 +33,7 @@ class Evaluation:
     bits_per_pixel: float | None = None
     token_bytes: float | None = None
     notes: list[str] = field(default_factory=list)
-    codecs: list["CodecResult"] = field(default_factory=list)
+    codecs: list[CodecResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ class CodecResult:
     too_large: bool  # even its lowest quality takes more bytes than the tokens
 
 
-def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool = True,
-             likelihood: bool = True) -> Evaluation:
+def evaluate(
+    model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool = True, likelihood: bool = True
+) -> Evaluation:
     """Judges a model.
 
     Args:
         model: a VQ-VAE or VAE; it is put into eval mode.
-        pictures: uint8 [C, H, W] of any sizes; they are padded to the model's stride and cut back. All are kept in memory when
+        pictures: uint8 [C, H, W] of any sizes; they are padded to the model's stride and cut back. All are kept in
+            memory when
             ``codecs`` asks for a second look at them.
         codecs: compare with JPEG and WebP.
         likelihood: compute bits per dimension (needs sizes that are multiples of the stride).
@@ -76,7 +79,9 @@ def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool
             for group, part in enumerate(indices.reshape(len(batch), len(counts[level]), -1).unbind(1)):
                 counts[level][group] += torch.bincount(part.reshape(-1), minlength=counts[level].shape[1])
         if codes:
-            token_bytes += [sum(packed_bytes(level.shape[1:], count.shape[1]) for level, count in zip(codes, counts))] * len(batch)
+            token_bytes += [
+                sum(packed_bytes(level.shape[1:], count.shape[1]) for level, count in zip(codes, counts, strict=True))
+            ] * len(batch)
         pixels_seen += [batch.shape[2] * batch.shape[3]] * len(batch)
         if likelihood and batch.shape[2] % model.stride == 0 == batch.shape[3] % model.stride:
             if scale is None and model.likelihood.kind != "discretized_logistic":
@@ -95,7 +100,7 @@ def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool
     if bits:
         result.bits_per_dim = _mean(bits)
     if counts:
-        result.perplexity, result.usage = map(list, zip(*(_code_figures(count) for count in counts)))
+        result.perplexity, result.usage = map(list, zip(*(_code_figures(count) for count in counts), strict=True))
         result.token_bytes, result.bits_per_pixel = _mean(token_bytes), 8 * sum(token_bytes) / sum(pixels_seen)
     if codecs and result.token_bytes:
         result.codecs = [codec_at(codec, kept, result.token_bytes, similarity) for codec in usable_codecs(result.notes)]
@@ -104,7 +109,9 @@ def evaluate(model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool
 
 @torch.no_grad()
 def encode_pictures(model: torch.nn.Module, pixels: Tensor) -> tuple[list[Tensor] | Tensor, Tensor]:
-    """The latents (codes per level, or a VAE's means) of uint8 pictures [B, C, H, W] of any size, and the padded input."""
+    """The latents (codes per level, or a VAE's means) of uint8 pictures [B, C, H, W] of any size, and the padded
+    input.
+    """
     model.eval()
     x, _ = pad_to_multiple(pixels_to_float(pixels.to(next(model.parameters()).device)), model.stride)
     return model.encode(x), x
@@ -112,13 +119,17 @@ def encode_pictures(model: torch.nn.Module, pixels: Tensor) -> tuple[list[Tensor
 
 @torch.no_grad()
 def restore(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Reconstruction (uint8) and codes of uint8 pictures [B, C, H, W] of any size, on the CPU, and the model's padded input."""
+    """Reconstruction (uint8) and codes of uint8 pictures [B, C, H, W] of any size, on the CPU, and the model's
+    padded input.
+    """
     latents, x = encode_pictures(model, pixels)
     out = float_to_pixels(model.decode(latents)[..., : pixels.shape[2], : pixels.shape[3]]).cpu()
     return out, [level.cpu() for level in latents] if model.quantizers else [], x
 
 
-def same_size_batches(pictures: Iterable[tuple[str, Tensor]], limit: int = _BATCH_PIXELS) -> Iterator[tuple[list[str], Tensor]]:
+def same_size_batches(
+    pictures: Iterable[tuple[str, Tensor]], limit: int = _BATCH_PIXELS
+) -> Iterator[tuple[list[str], Tensor]]:
     """Names and stacks of neighbouring pictures of one size, up to ``limit`` pixels together; order is kept."""
     names: list[str] = []
     waiting: list[Tensor] = []
@@ -202,8 +213,14 @@ def codec_at(codec: tuple, pictures: list[Tensor], target: float, similarity: Ca
         restored = _decompress(_compress(picture, name, quality, options), picture.shape[0])
         ratios += psnr(squared_errors(picture[None], restored[None])).tolist()
         ssims += similarity(picture[None], restored[None]) if similarity else []
-    return CodecResult("WebP" if name == "WEBP" else name, quality, size(quality), _mean(ratios), _mean(ssims) if ssims else None,
-                       least > target)
+    return CodecResult(
+        "WebP" if name == "WEBP" else name,
+        quality,
+        size(quality),
+        _mean(ratios),
+        _mean(ssims) if ssims else None,
+        least > target,
+    )
 
 
 def _compress(picture: Tensor, name: str, quality: int, options: dict) -> bytes:
@@ -223,7 +240,9 @@ def _decompress(content: bytes, channels: int) -> Tensor:
 
 
 def _code_figures(counts: Tensor) -> tuple[float, float]:
-    """Perplexity exp(entropy) of the codes' frequencies, mean over groups, and the part of all codes that was used; counts [G, K]."""
+    """Perplexity exp(entropy) of the codes' frequencies, mean over groups, and the part of all codes that was used;
+    counts [G, K].
+    """
     p = counts.double() / counts.sum(1, keepdim=True)
     entropy = -torch.special.xlogy(p, p).sum(1)
     return float(entropy.exp().mean()), float((counts > 0).double().mean())
@@ -232,8 +251,10 @@ def _code_figures(counts: Tensor) -> tuple[float, float]:
 def _fitted_scale(model: torch.nn.Module, x: Tensor, result: Evaluation) -> float:
     """The scale of the logistic for models whose likelihood gives 8-bit levels no probability."""
     scale = fit_logistic_scale(model.decode(model.encode(x)), x)
-    result.notes.append(f"bits/dim: this model has no likelihood of 8-bit pictures; a logistic of scale {scale:.4f}, fitted on "
-                        f"{len(x)} of these pictures, stands in")
+    result.notes.append(
+        f"bits/dim: this model has no likelihood of 8-bit pictures; a logistic of scale {scale:.4f}, fitted on "
+        f"{len(x)} of these pictures, stands in"
+    )
     return scale
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 from vqfast._files import write_atomic
 
@@ -77,8 +78,10 @@ def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ImportError("train.tensorboard is set, but tensorboard is not installed; pip install tensorboard, or --set "
-                          "train.tensorboard=false") from None
+        raise ImportError(
+            "train.tensorboard is set, but tensorboard is not installed; pip install tensorboard, or --set "
+            "train.tensorboard=false"
+        ) from None
     return SummaryWriter(str(folder))
 
 

@@ -1,8 +1,8 @@
 """The training loop: one class that owns a run, from its folder to its last checkpoint.
 
-A run is a pure function of its configuration: pictures of step n depend on (seed, n) only, and a checkpoint holds everything else (weights,
-optimizer, random states, half-filled averages). So a run that was killed at any moment ends with the same bits as one that was not,
-with the same number of threads and the same PyTorch.
+A run is a pure function of its configuration: pictures of step n depend on (seed, n) only, and a checkpoint holds
+everything else (weights, optimizer, random states, half-filled averages). So a run that was killed at any moment
+ends with the same bits as one that was not, with the same number of threads and the same PyTorch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import hashlib
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from vqfast.data import Loader
 from vqfast.models import pixels_to_float
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import Checkpoint, CheckpointError
-from vqfast.train.config import Config, ConfigError, MODELS, to_json
+from vqfast.train.config import MODELS, Config, ConfigError, to_json
 from vqfast.train.log import MetricsLog, Progress
 from vqfast.train.ranks import Ranks
 from vqfast.train.report import draw_report
@@ -53,7 +53,8 @@ class Trainer:
 
     Args:
         config: what to train, on what, how long.
-        folder: gets ``config.json``, ``metrics.jsonl`` and ``.csv``, ``checkpoints/``, ``pictures/``, ``plots/`` and, at the end,
+        folder: gets ``config.json``, ``metrics.jsonl`` and ``.csv``, ``checkpoints/``, ``pictures/``, ``plots/``
+            and, at the end,
             ``model/``.
         ranks: this process among its peers; only the first writes and talks.
         start: the checkpoint to go on from, or None.
@@ -63,7 +64,9 @@ class Trainer:
         ConfigError, CheckpointError: before anything is written.
     """
 
-    def __init__(self, config: Config, folder: Path, ranks: Ranks, *, start: Checkpoint | None = None, say: Say = print):
+    def __init__(
+        self, config: Config, folder: Path, ranks: Ranks, *, start: Checkpoint | None = None, say: Say = print
+    ):
         self.config, self.folder, self.ranks = config, folder, ranks
         self.say: Say = say if ranks.first else (lambda text: None)
         settings = config.train
@@ -73,7 +76,9 @@ class Trainer:
         self.model = MODELS[config.kind][0](_training_config(config.model)).to(ranks.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
         self.sources = open_sources(config.data, config.model.in_channels)
-        torch.manual_seed(settings.seed + 1_000_003 * ranks.rank)  # weights are the same in all processes, later draws are not
+        torch.manual_seed(
+            settings.seed + 1_000_003 * ranks.rank
+        )  # weights are the same in all processes, later draws are not
         self.step, self.seconds, self.meter = 0, 0.0, Meter(ranks.device)
         if start is not None:
             self._restore(start)
@@ -160,15 +165,23 @@ class Trainer:
         try:
             self.model.init_codebooks_(pixels_to_float(pixels.to(self.ranks.device)))
         except ValueError as error:
-            raise ConfigError(f"the codebook cannot start from k-means: {error}; raise train.init_pictures or set train.init = "
-                              '"none"') from None
+            raise ConfigError(
+                f'the codebook cannot start from k-means: {error}; raise train.init_pictures or set train.init = "none"'
+            ) from None
 
     @contextlib.contextmanager
     def _loader(self, step: int):
         """Batches of one step after the other; batch n of the run is always the same pictures."""
         data, settings = self.config.data, self.config.train
-        loader = Loader(self.sources.train, data.batch_size, seed=settings.seed, start_step=step * settings.accumulate,
-                        rank=self.ranks.rank, world_size=self.ranks.world_size, workers=data.workers)
+        loader = Loader(
+            self.sources.train,
+            data.batch_size,
+            seed=settings.seed,
+            start_step=step * settings.accumulate,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            workers=data.workers,
+        )
         with contextlib.closing(iter(loader)) as batches:
             yield batches
 
@@ -179,8 +192,13 @@ class Trainer:
         self.seconds += now - self._clock
         rate = self.meter.pictures * self.ranks.world_size / max(now - self._clock, 1e-9)
         self._clock = now
-        line = {"step": self.step, **self.meter.means(self.ranks), "learning_rate": learning_rate(self.config.train, self.step - 1),
-                "pictures_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
+        line = {
+            "step": self.step,
+            **self.meter.means(self.ranks),
+            "learning_rate": learning_rate(self.config.train, self.step - 1),
+            "pictures_per_second": round(rate, 2),
+            "seconds": round(self.seconds, 2),
+        }
         self.meter.clear()
         self._require_finite(line["loss"])
         if self.ranks.first:
@@ -198,8 +216,10 @@ class Trainer:
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             kept = checkpoints.list_checkpoints(self.folder / "checkpoints")
-            raise TrainingError(f"the loss is {loss} at step {self.step}, so training stopped. The last checkpoint before is "
-                                f"{kept[-1].name if kept else 'none'}. Try a smaller train.learning_rate, or train.clip_norm = 1.0")
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}, so training stopped. The last checkpoint before is "
+                f"{kept[-1].name if kept else 'none'}. Try a smaller train.learning_rate, or train.clip_norm = 1.0"
+            )
 
     def _draw(self) -> None:
         if self.ranks.first:
@@ -220,9 +240,17 @@ class Trainer:
             tensors, optimizer = checkpoints.optimizer_to(self.optimizer)
             tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()} | random
             tensors["meter.sums"] = self.meter.sums
-            meta = {"step": self.step, "seconds": self.seconds, "meter": self.meter.meta(), "optimizer": optimizer,
-                    "config": self.config.to_dict(), "world_size": self.ranks.world_size, "threads": torch.get_num_threads(),
-                    "torch": torch.__version__, "vqfast": vqfast.__version__}
+            meta = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "meter": self.meter.meta(),
+                "optimizer": optimizer,
+                "config": self.config.to_dict(),
+                "world_size": self.ranks.world_size,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "vqfast": vqfast.__version__,
+            }
             checkpoints.save_checkpoint(self.folder / "checkpoints", tensors, meta, keep=self.config.train.keep)
         return self.step
 
@@ -238,13 +266,17 @@ class Trainer:
             digest = checkpoints.hash_tensors(self.model.state_dict()).encode()
             votes = self.ranks.gather(torch.frombuffer(bytearray(hashlib.sha256(digest).digest()), dtype=torch.uint8))
             if any(not torch.equal(vote, votes[0]) for vote in votes):
-                raise TrainingError(f"the processes hold different weights at step {self.step}; this is a bug, please report it")
+                raise TrainingError(
+                    f"the processes hold different weights at step {self.step}; this is a bug, please report it"
+                )
 
     def _restore(self, start: Checkpoint) -> None:
         tensors, meta = start
         if meta["world_size"] != self.ranks.world_size:
-            raise CheckpointError(f"this run was made by {meta['world_size']} processes and can only go on with as many, "
-                                  f"not with {self.ranks.world_size}")
+            raise CheckpointError(
+                f"this run was made by {meta['world_size']} processes and can only go on with as many, "
+                f"not with {self.ranks.world_size}"
+            )
         checkpoints.load_model_tensors(self.model, tensors, "the checkpoint")
         checkpoints.optimizer_from(self.optimizer, tensors, meta["optimizer"])
         torch.set_rng_state(tensors[f"random.{self.ranks.rank}"])
@@ -254,8 +286,10 @@ class Trainer:
         self.meter.restore(tensors["meter.sums"], meta["meter"])
         for name, here in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
             if meta[name] != here:
-                self.say(f"note: the checkpoint was made with {name} {meta[name]}, here it is {here}; training goes on, but its last bits "
-                         "may differ from an uninterrupted run")
+                self.say(
+                    f"note: the checkpoint was made with {name} {meta[name]}, here it is {here}; training goes on, "
+                    "but its last bits may differ from an uninterrupted run"
+                )
 
 
 class Meter:
@@ -266,7 +300,11 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
-        self.sums, self.rounds, self.pictures = torch.zeros(len(self.keys), dtype=torch.float64, device=self.device), 0, 0
+        self.sums, self.rounds, self.pictures = (
+            torch.zeros(len(self.keys), dtype=torch.float64, device=self.device),
+            0,
+            0,
+        )
 
     def add(self, out, pictures: int) -> None:
         values = {"loss": out.loss, "reconstruction_loss": out.reconstruction_loss}
@@ -274,8 +312,12 @@ class Meter:
             values["kl"] = out.kl
         for number, level in enumerate(out.levels):
             suffix = "" if len(out.levels) == 1 else f"_{number}"
-            values |= {f"commitment_loss{suffix}": level.commitment_loss, f"perplexity{suffix}": level.perplexity,
-                       f"usage{suffix}": level.usage, f"nonfinite{suffix}": level.nonfinite}
+            values |= {
+                f"commitment_loss{suffix}": level.commitment_loss,
+                f"perplexity{suffix}": level.perplexity,
+                f"usage{suffix}": level.usage,
+                f"nonfinite{suffix}": level.nonfinite,
+            }
         if not self.keys:
             self.keys = list(values)
             self.clear()
@@ -284,7 +326,7 @@ class Meter:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         means = ranks.mean(self.sums / max(self.rounds, 1)).tolist()
-        return {key: round(value, 6) for key, value in zip(self.keys, means)}
+        return {key: round(value, 6) for key, value in zip(self.keys, means, strict=True)}
 
     def meta(self) -> dict:
         return {"keys": self.keys, "rounds": self.rounds, "pictures": self.pictures}
@@ -297,9 +339,11 @@ class Meter:
 class Signals:
     """Notes Ctrl-C and SIGTERM instead of dying; a second Ctrl-C ends the process at once."""
 
-    def __enter__(self) -> "Signals":
+    def __enter__(self) -> Signals:
         self.received, self._old = False, {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere signals stay as they are
+        with contextlib.suppress(
+            ValueError
+        ):  # only the main thread may set handlers; elsewhere signals stay as they are
             self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -327,7 +371,9 @@ def _training_config(model):
 
 
 def learning_rate(settings, step: int) -> float:
-    """The learning rate of the step that starts with ``step`` steps done: a pure function, so nothing of it needs saving."""
+    """The learning rate of the step that starts with ``step`` steps done: a pure function, so nothing of it needs
+    saving.
+    """
     rate = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup + 1))
     if settings.schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))

@@ -1,16 +1,16 @@
 """Line charts and picture grids: one small drawing, written as SVG (always) and as PNG (with Pillow).
 
-A drawing is a list of lines and texts in a fixed coordinate system; the two writers at the end only translate it, so both files
-show the same. This needs no plotting library.
+A drawing is a list of lines and texts in a fixed coordinate system; the two writers at the end only translate it, so
+both files show the same. This needs no plotting library.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 
@@ -37,7 +37,9 @@ class _Drawing:
     width: float
     height: float
     lines: list[tuple[list[tuple[float, float]], str, float]] = field(default_factory=list)  # points, colour, width
-    texts: list[tuple[float, float, str, float, str]] = field(default_factory=list)  # x, baseline, text, size, start|middle|end
+    texts: list[tuple[float, float, str, float, str]] = field(
+        default_factory=list
+    )  # x, baseline, text, size, start|middle|end
 
 
 def save_charts(charts: Sequence[Chart], path: Path) -> list[Path]:
@@ -86,7 +88,7 @@ def _draw_chart(drawing: _Drawing, chart: Chart, left: float) -> None:
     drawing.lines.append(([(x0, y1), (x0, y0), (x1, y0)], INK, 1.0))
     for number, (name, (px, py)) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        points = [(float(to_x(x)), float(to_y(scale(y)))) for x, y in zip(px, py)]
+        points = [(float(to_x(x)), float(to_y(scale(y)))) for x, y in zip(px, py, strict=True)]
         if len(points) == 1:  # one point makes no line: draw a short dash
             points = [(points[0][0] - 3, points[0][1]), (points[0][0] + 3, points[0][1])]
         if points:
@@ -140,14 +142,16 @@ def _label(value: float) -> str:
 
 
 def _to_svg(drawing: _Drawing) -> str:
-    w, h = drawing.width, drawing.height
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" height="{h:g}" font-family="sans-serif">',
-             f'<rect width="{w:g}" height="{h:g}" fill="white"/>']
+    w, h = f"{drawing.width:g}", f"{drawing.height:g}"
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}"'
+    parts = [f'{start} font-family="sans-serif">', f'<rect width="{w}" height="{h}" fill="white"/>']
     for points, colour, width in drawing.lines:
         path = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width:g}" stroke-linejoin="round"/>')
+        look = f'fill="none" stroke="{colour}" stroke-width="{width:g}" stroke-linejoin="round"'
+        parts.append(f'<polyline points="{path}" {look}/>')
     for x, y, text, size, anchor in drawing.texts:
-        parts.append(f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" fill="{INK}">{escape(text)}</text>')
+        place = f'x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}"'
+        parts.append(f'<text {place} fill="{INK}">{escape(text)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -181,7 +185,8 @@ def picture_grid(rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 8, le
     """Pictures under each other for comparison: the first row's pictures over the second row's, and so on.
 
     Args:
-        rows: (label, pictures) with pictures uint8 ``[N, H, W, 3]`` or ``[N, H, W, 1]``, N and size the same in every row.
+        rows: (label, pictures) with pictures uint8 ``[N, H, W, 3]`` or ``[N, H, W, 1]``, N and size the same in
+            every row.
         columns: pictures side by side; more pictures make more bands of rows.
         least: smaller pictures are magnified by a whole number (without smoothing) until they are this wide.
 
@@ -204,8 +209,10 @@ def picture_grid(rows: Sequence[tuple[str, np.ndarray]], *, columns: int = 8, le
             write_text(pen, gap, top + band - 5, label, 13)
             for place, picture in enumerate(pictures[first : first + columns]):
                 tile = Image.fromarray(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
-                image.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
-                            (gap + place * (width * zoom + gap), top + band))
+                image.paste(
+                    tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
+                    (gap + place * (width * zoom + gap), top + band),
+                )
     return image
 
 

@@ -6,8 +6,8 @@ import contextlib
 import gc
 import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -53,19 +53,23 @@ class Ranks:
         return parts
 
     def parallel(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with averaged gradients. Buffers are left alone: codebooks are equal everywhere by their own all-reduce, and a
-        broadcast from rank 0 would hide it if they were not."""
+        """The model with averaged gradients. Buffers are left alone: codebooks are equal everywhere by their own
+        all-reduce, and a broadcast from rank 0 would hide it if they were not."""
         wrapper = torch.nn.parallel.DistributedDataParallel
         # The option got a new name in torch 2.13, which warns about the old one.
-        option = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrapper).parameters else "broadcast_buffers"
+        option = (
+            "forward_sync_buffers"
+            if "forward_sync_buffers" in inspect.signature(wrapper).parameters
+            else "broadcast_buffers"
+        )
         return wrapper(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, **{option: False})
 
     @staticmethod
     def release() -> None:
         """Frees a data-parallel wrapper that nobody holds any more, while the process group still lives.
 
-        Its C++ half holds the group. Were it the last one to do so, the group's threads would be joined with Python's lock held,
-        and a thread that just then wants the lock to free a tensor would wait for ever.
+        Its C++ half holds the group. Were it the last one to do so, the group's threads would be joined with
+        Python's lock held, and a thread that just then wants the lock to free a tensor would wait for ever.
         """
         gc.collect()
 

@@ -14,18 +14,34 @@ from vqfast.train.plots import Chart, picture_grid, save_charts, save_picture
 
 
 def draw_report(model: torch.nn.Module, dataset, log: MetricsLog, folder: Path, step: int):
-    """Writes ``pictures/step-NNNNNN.png`` and ``plots/training.png`` and ``.svg``; returns the grid as a Pillow image."""
+    """Writes ``pictures/step-NNNNNN.png`` and ``plots/training.png`` and ``.svg``; returns the grid as a Pillow
+    image.
+    """
     pixels = sample_pictures(dataset, 8)
     restored, codes, _ = restore(model, pixels)
     columns = min(4, max(1, 1500 // pixels.shape[3]))
-    grid = picture_grid([("original", channels_last(pixels)), ("reconstruction", channels_last(restored))], columns=columns)
+    grid = picture_grid(
+        [("original", channels_last(pixels)), ("reconstruction", channels_last(restored))], columns=columns
+    )
     save_picture(grid, folder / "pictures" / f"step-{step:06d}.png")
-    charts = [Chart("loss", "step", {key.replace("_", " "): log.column(key) for key in ("loss", "reconstruction_loss")}, log_y=True)]
+    charts = [
+        Chart(
+            "loss",
+            "step",
+            {key.replace("_", " "): log.column(key) for key in ("loss", "reconstruction_loss")},
+            log_y=True,
+        )
+    ]
     for title in ("perplexity", "usage"):
         keys = [key for key in (log.lines[-1] if log.lines else {}) if key.startswith(title)]
         if keys:
-            charts.append(Chart(title if title == "perplexity" else "code usage (part of all codes)", "step",
-                                {key.replace("_", " level "): log.column(key) for key in keys}))
+            charts.append(
+                Chart(
+                    title if title == "perplexity" else "code usage (part of all codes)",
+                    "step",
+                    {key.replace("_", " level "): log.column(key) for key in keys},
+                )
+            )
     if codes:
         charts.append(_code_chart(codes, [quantizer.codebook_size for quantizer in model.quantizers]))
     save_charts(charts, folder / "plots" / "training.svg")
@@ -35,7 +51,7 @@ def draw_report(model: torch.nn.Module, dataset, log: MetricsLog, folder: Path, 
 def _code_chart(codes: list[Tensor], sizes: list[int]) -> Chart:
     """How often each code was used in the pictures of the grid, most used first."""
     series = {}
-    for level, (indices, size) in enumerate(zip(codes, sizes)):
+    for level, (indices, size) in enumerate(zip(codes, sizes, strict=True)):
         counts = torch.bincount(indices.reshape(-1), minlength=size).sort(descending=True).values.numpy()
         series[f"level {level}"] = (np.arange(1, size + 1), counts)
     return Chart("uses of each code in the shown pictures", "codes, most used first", series, log_y=True)

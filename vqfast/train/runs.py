@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -30,7 +31,9 @@ def begin_run(values: Mapping[str, Any], folder: Path, *, say: Say = print, watc
     """
     config = config_from(values)
     if (folder / "config.json").exists():
-        raise ConfigError(f"{folder} already holds a run; go on with it by --resume {folder}, or choose another folder with --out")
+        raise ConfigError(
+            f"{folder} already holds a run; go on with it by --resume {folder}, or choose another folder with --out"
+        )
     return _train(config, folder, None, say, watch)
 
 
@@ -52,7 +55,14 @@ def resume_run(folder: Path, overrides: Mapping[str, Any], *, say: Say = print) 
     if any(name.startswith("model.") for name in changes):
         raise ConfigError(f"the model of a run cannot change: {', '.join(changes)}; begin a new run with --out")
     start, complaints = checkpoints.load_latest(folder / "checkpoints")
-    return _train(config, folder, start, say, None, [*(f"skipped: {text}" for text in complaints), *(f"changed: {c}" for c in changes)])
+    return _train(
+        config,
+        folder,
+        start,
+        say,
+        None,
+        [*(f"skipped: {text}" for text in complaints), *(f"changed: {c}" for c in changes)],
+    )
 
 
 def _train(config: Config, folder: Path, start, say: Say, watch, notes: list[str] | None = None) -> Outcome:
@@ -70,8 +80,10 @@ def _train(config: Config, folder: Path, start, say: Say, watch, notes: list[str
         finally:
             trainer.close()
         if outcome.interrupted:
-            talk(f"stopped at step {outcome.step} of {config.train.steps}; everything is saved. Go on with:\n"
-                 f"  vqfast train --resume {folder}")
+            talk(
+                f"stopped at step {outcome.step} of {config.train.steps}; everything is saved. Go on with:\n"
+                f"  vqfast train --resume {folder}"
+            )
         return outcome
 
 
@@ -81,10 +93,17 @@ def describe(trainer: Trainer) -> list[str]:
 
     config, ranks = trainer.config, trainer.ranks
     weights = sum(parameter.numel() for parameter in trainer.model.parameters())
-    lines = [f"run        {trainer.folder}",
-             f"model      {config.kind}, {weights:,} weights"
-             + "".join(f", {q.codebook_size} codes of {q.codebook_dim // q.groups} numbers" for q in trainer.model.quantizers)]
-    lines += [f"data       {config.data.source}, {len(trainer.sources.train):,} pictures, judged on {trainer.sources.test_name}"]
+    lines = [
+        f"run        {trainer.folder}",
+        f"model      {config.kind}, {weights:,} weights"
+        + "".join(
+            f", {q.codebook_size} codes of {q.codebook_dim // q.groups} numbers" for q in trainer.model.quantizers
+        ),
+    ]
+    lines += [
+        f"data       {config.data.source}, {len(trainer.sources.train):,} pictures, "
+        f"judged on {trainer.sources.test_name}"
+    ]
     threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
     many = f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
     lines += [f"device     {ranks.device}{threads}{many}"]
@@ -93,12 +112,14 @@ def describe(trainer: Trainer) -> list[str]:
         sample = torch.empty(1, codebook.shape[-1], device=codebook.device)
         lines += ["quantizer  " + vqfast.explain("nearest", sample, codebook).splitlines()[0]]
     step = f"from step {trainer.step} " if trainer.step else ""
-    lines += [f"steps      {step}to {config.train.steps}, {config.data.batch_size * config.train.accumulate * ranks.world_size} pictures each"]
+    pictures = config.data.batch_size * config.train.accumulate * ranks.world_size
+    lines += [f"steps      {step}to {config.train.steps}, {pictures} pictures each"]
     return lines
 
 
 def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
-    """The model at a path: a run's folder (its newest checkpoint), one checkpoint file, or a folder from ``save_pretrained``.
+    """The model at a path: a run's folder (its newest checkpoint), one checkpoint file, or a folder from
+    ``save_pretrained``.
 
     Returns:
         The model in eval mode on the CPU, the run's configuration if there is one, and where the weights came from.
@@ -116,8 +137,11 @@ def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
         return load_pretrained(path), None, str(path)
     if (path / "config.json").exists():
         raise CheckpointError(f"the run in {path} has no checkpoint yet; let it train longer")
-    raise ConfigError(f"there is no model in {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained"
-                      if path.exists() else f"there is no {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained")
+    raise ConfigError(
+        f"there is no model in {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained"
+        if path.exists()
+        else f"there is no {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained"
+    )
 
 
 def _from_checkpoint(start, source: str) -> tuple[torch.nn.Module, Config, str]:
@@ -134,8 +158,12 @@ def last_metrics(folder: Path) -> dict:
 
 def _differences(before: Config, after: Config) -> list[str]:
     a, b = before.to_dict(), after.to_dict()
-    return [f"{section}.{key} {a[section].get(key)} -> {value}" for section in b for key, value in b[section].items()
-            if a[section].get(key) != value]
+    return [
+        f"{section}.{key} {a[section].get(key)} -> {value}"
+        for section in b
+        for key, value in b[section].items()
+        if a[section].get(key) != value
+    ]
 
 
 __all__ = ["begin_run", "describe", "find_model", "last_metrics", "resume_run", "to_json"]

@@ -38,23 +38,34 @@ def _open(data: DataConfig, channels: int) -> Sources:
     options = _options(data, channels)
     if data.source == "photographs":
         # Whole pictures to judge by: they are small, and people recognise them.
-        return Sources(photographs("train", flip=data.flip, **options), photographs("test", channels=channels),
-                       "held-out embedded photographs")
+        return Sources(
+            photographs("train", flip=data.flip, **options),
+            photographs("test", channels=channels),
+            "held-out embedded photographs",
+        )
     if data.source in ("cifar10", "mnist"):
         folder = Path(data.folder) if data.folder else default_folder(data.source)
         if not folder.is_dir():
-            raise ConfigError(f"{data.source} is not in {folder}; fetch it with: vqfast data {data.source}   "
-                              f"(or point to the official files with --set data.folder=FOLDER)")
+            raise ConfigError(
+                f"{data.source} is not in {folder}; fetch it with: vqfast data {data.source}   "
+                f"(or point to the official files with --set data.folder=FOLDER)"
+            )
         if data.source == "cifar10":
-            return Sources(CIFAR10(folder, True, flip=data.flip), CIFAR10(folder, False), "the 10,000 test pictures of CIFAR-10")
+            return Sources(
+                CIFAR10(folder, True, flip=data.flip), CIFAR10(folder, False), "the 10,000 test pictures of CIFAR-10"
+            )
         return Sources(MNIST(folder, True), MNIST(folder, False), "the 10,000 test pictures of MNIST")
     if not data.source:
         raise ConfigError("this preset trains on your own pictures: say where they are with --data FOLDER")
     if not Path(data.source).exists():
         hint = did_you_mean(data.source, SOURCES)
-        raise ConfigError(f"there is no folder {data.source}{hint}; --data takes a folder of pictures, or one of {', '.join(SOURCES)}")
+        raise ConfigError(
+            f"there is no folder {data.source}{hint}; --data takes a folder of pictures, or one of {', '.join(SOURCES)}"
+        )
     own = PictureFolder(data.source, flip=data.flip, **options)
-    return Sources(own, PictureFolder(data.source, **options), "the training pictures themselves (no data.test was given)")
+    return Sources(
+        own, PictureFolder(data.source, **options), "the training pictures themselves (no data.test was given)"
+    )
 
 
 def _options(data: DataConfig, channels: int) -> dict:
