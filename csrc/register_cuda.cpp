@@ -91,6 +91,7 @@ vq::Codes codes_of(const Tensor& codebook, i64 groups, i64 dim, const char* op) 
 
 vq::Index index_of(const Tensor& t, const char* op) {
   STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == ScalarType::Long, "vqfast::", op, ": indices must be int64 [B, G, N].");
+  STD_TORCH_CHECK(t.size(0) * t.size(2) < i64(1) << 31 && t.size(1) <= 65535, "vqfast::", op, ": at most 2^31 - 1 rows and 65535 groups on CUDA.");
   return {static_cast<const i64*>(t.const_data_ptr()), t.size(0), t.size(1), t.size(2), t.stride(0), t.stride(1), t.stride(2)};
 }
 

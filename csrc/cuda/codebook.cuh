@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * kCodeWarps) nearest_pack_kernel(Codes c, 
   const i64 k = i64(blockIdx.x) * kCodeWarps + warp, g = blockIdx.y, at = g * c.size + k;
   if (k >= c.size) return;
   const i64 base = c.base(g, k);
-  float* out = space.codes + at * c.dim;
+  float* out = space.codes + (g * ceil_div(c.size, kTile) + k / kTile) * space.padded_dim * kTile + k % kTile;
   const float* centre = space.centre + g * c.dim;
   const bool finite = space.state[at] == kScreened;
   const double norm = metric == kCosine ? space.code_norm[at] : 1.0;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(32 * kCodeWarps) nearest_pack_kernel(Codes c, 
   for (i64 d = lane; finite && d < c.dim; d += 32) {
     const float m = centre[d], value = load_f32(c.data, c.dtype, base + d * c.stride_d);
     const float u = metric == kCosine ? float((norm > 0 ? double(value) / norm : 0.0) - double(m)) : sub(value, m);
-    out[d] = u;
+    out[d * kTile] = u;
     square += double(u) * double(u);
     centre_square += double(m) * double(m);
   }
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(32 * kCodeWarps) nearest_pack_kernel(Codes c, 
   const double length = sqrt(square) * grown + extra;
   const bool wild = !(length <= kWildLength);
   const CodeState state = !finite || duplicate ? kNever : wild ? kWild : kScreened;
-  if (state != kScreened)
-    for (i64 d = lane; d < c.dim; d += 32) out[d] = 0.0f;
+  for (i64 d = lane; d < space.padded_dim; d += 32)
+    if (d >= c.dim || state != kScreened) out[d * kTile] = 0.0f;
   if (lane != 0) return;
   space.state[at] = state;
   space.length[at] = state == kScreened ? round_up(length) : 0.0f;

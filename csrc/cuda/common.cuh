@@ -29,6 +29,12 @@ __host__ __device__ inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; 
 
 // ---- views: strides in elements, any sign, 64-bit ---------------------------------------------------------------------------
 
+// A group has fewer than 2^31 rows (register_cuda.cpp sees to it), so that finding a row's batch is a 32-bit division.
+struct BatchRow {
+  i64 batch, position;
+  __device__ BatchRow(i64 row, i64 count) : batch(u32(row) / u32(count)), position(row - batch * count) {}
+};
+
 struct Rows {  // [B, G, N, D]; "row r of group g" is batch r / N, position r % N
   const void* data;
   int dtype;
@@ -37,10 +43,14 @@ struct Rows {  // [B, G, N, D]; "row r of group g" is batch r / N, position r % 
 
   __host__ __device__ i64 rows() const { return batch * count; }  // of one group
   __device__ i64 base(i64 group, i64 row) const {
-    return (row / count) * stride_b + group * stride_g + (row % count) * stride_n;
+    const BatchRow at(row, count);
+    return at.batch * stride_b + group * stride_g + at.position * stride_n;
   }
   // Where the row stands in a contiguous [B, G, N] tensor.
-  __device__ i64 place(i64 group, i64 row) const { return ((row / count) * groups + group) * count + row % count; }
+  __device__ i64 place(i64 group, i64 row) const {
+    const BatchRow at(row, count);
+    return (at.batch * groups + group) * count + at.position;
+  }
   // Neighbouring threads should take neighbouring rows instead of neighbouring components (channels-first images).
   __host__ __device__ bool rows_adjacent() const { return stride_n == 1 && stride_d != 1; }
 };
@@ -52,7 +62,8 @@ struct Index {  // [B, G, N] int64
 
   __host__ __device__ i64 rows() const { return batch * count; }  // of one group
   __device__ i64 at(i64 group, i64 row) const {
-    return data[(row / count) * stride_b + group * stride_g + (row % count) * stride_n];
+    const BatchRow from(row, count);
+    return data[from.batch * stride_b + group * stride_g + from.position * stride_n];
   }
 };
 

@@ -212,7 +212,7 @@ __device__ inline u32 finite_rows(const StatsProblem& p, i64 g, const u32* row, 
 constexpr int kSumDims = 4;  // components that a lane sums at a time
 
 // A warp owns a chunk: up to 256 rows of one code, in ascending order, summed in float64.
-__global__ void __launch_bounds__(32 * kSumWarps) stats_sum_kernel(StatsProblem p, SortSpace s) {
+__global__ void __launch_bounds__(32 * kSumWarps, 3) stats_sum_kernel(StatsProblem p, SortSpace s) {
   const i64 g = blockIdx.y, chunk = i64(blockIdx.x) * kSumWarps + threadIdx.x / 32, rows = p.x.rows(), dim = p.x.dim;
   const int lane = threadIdx.x % 32;
   const i64* chunk_start = s.chunk_start + g * (p.size + 1);

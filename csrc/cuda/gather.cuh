@@ -18,10 +18,11 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(GatherProblem p,
   const i64 rows = p.indices.rows(), g = blockIdx.y;
   const i64 row = i64(blockIdx.x) * (kGatherThreads / lanes) + threadIdx.x / lanes;
   if (row >= rows) return;
-  const i64 k = p.indices.at(g, row), n = p.indices.count;
+  const i64 k = p.indices.at(g, row);
+  const BatchRow at(row, p.indices.count);
   const bool inside = k >= 0 && k < c.size;
   const Word* from = static_cast<const Word*>(c.data) + (inside ? c.base(g, k) : 0);
-  Word* to = static_cast<Word*>(p.out) + (((row / n) * p.indices.groups + g) * n + row % n) * words;
+  Word* to = static_cast<Word*>(p.out) + ((at.batch * p.indices.groups + g) * p.indices.count + at.position) * words;
   for (i64 w = threadIdx.x % lanes; w < words; w += lanes) to[w] = inside ? from[w * c.stride_d] : Word{};
 }
 

@@ -15,7 +15,7 @@ i64 power_of_two_from(i64 value) {
 
 // How many parts the codes are split into, so that few rows still fill the device: two blocks per multiprocessor.
 int splits_for(const NearestProblem& p) {
-  const i64 tiles = ceil_div(p.x.rows(), kTileRows) * p.x.groups, code_tiles = ceil_div(p.codebook.size, kTileCodes);
+  const i64 tiles = ceil_div(p.x.rows(), kTile) * p.x.groups, code_tiles = ceil_div(p.codebook.size, kTile);
   const i64 wanted = tiles ? i64(2) * multiprocessors() / tiles : 1;
   const i64 most = code_tiles < 64 ? code_tiles : 64;
   return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
@@ -27,10 +27,12 @@ size_t nearest_space(const NearestProblem& p, void* memory, NearestSpace* space)
   const i64 groups = p.codebook.groups, codes = groups * p.codebook.size, rows = groups * p.x.rows();
   NearestSpace s;
   s.splits = splits_for(p);
+  s.padded_dim = ceil_div(p.x.dim, kTileDims) * kTileDims;
   s.buckets = power_of_two_from(2 * p.codebook.size);
   Layout layout(memory);
   layout.place(s.centre, groups * p.x.dim);
-  layout.place(s.codes, codes * p.x.dim);
+  layout.place(s.codes, groups * ceil_div(p.codebook.size, kTile) * kTile * s.padded_dim);
+  layout.place(s.rows, groups * ceil_div(p.x.rows(), kTile) * kTile * s.padded_dim);
   layout.place(s.half_norm, codes);
   layout.place(s.length, codes);
   layout.place(s.code_norm, p.metric == kCosine ? codes : 0);
@@ -65,7 +67,7 @@ void nearest(const NearestProblem& p, void* memory, cudaStream_t stream) {
   launch(nearest_centre_kernel, dim3(unsigned(ceil_div(p.x.dim, 32)), groups), dim3(32 * kSampledGroups), 0, stream, p.codebook, p.metric, space);
   launch(nearest_pack_kernel, code_grid, code_block, 0, stream, p.codebook, p.metric, e0, space);
   launch(nearest_rows_kernel, row_grid, dim3(kRowBlock), 0, stream, p, space);
-  launch(nearest_screen_kernel, dim3(unsigned(ceil_div(rows, kTileRows)), unsigned(space.splits), groups), dim3(kScreenThreads), 0, stream, p, e0, space);
+  launch(nearest_screen_kernel, dim3(unsigned(ceil_div(rows, kTile)), unsigned(space.splits), groups), dim3(kScreenThreads), 0, stream, p, e0, space);
   launch(nearest_settle_kernel, row_grid, dim3(kRowBlock), 0, stream, p, e0, space);
   launch(nearest_rescan_kernel, dim3(unsigned(4 * multiprocessors()), groups), dim3(kOpenThreads), 0, stream, p, e0, space);
 }

@@ -13,101 +13,66 @@
 
 namespace vq {
 
-constexpr int kTileRows = 128, kTileCodes = 128, kTileDims = 16, kScreenThreads = 256;
-constexpr int kPatch = 8;  // a thread owns 8 x 8 scores: 64 FMAs for 4 shared-memory reads of 16 bytes
-
 constexpr float kInfinity = __builtin_huge_valf();
 
-__device__ __forceinline__ float row_value(const Rows& x, const float* centre, i64 base, i64 d) {
-  const float value = load_f32(x.data, x.dtype, base + d * x.stride_d);
-  return centre ? sub(value, centre[d]) : value;
-}
-
-// ---- lengths of rows: a warp owns 32 rows ------------------------------------------------------------------------------------
+// ---- rows: a warp packs 32 rows for the screen and measures them --------------------------------------------------------------
 
 constexpr int kRowWarps = 4, kRowBlock = 32 * kRowWarps;  // rows per block
+static_assert(kRowBlock == kTile, "a block packs a tile");
 
-__device__ __forceinline__ double finite_square(const Rows& x, const float* centre, i64 base, i64 d) {
-  const float value = load_f32(x.data, x.dtype, base + d * x.stride_d);
-  if (!is_finite(value)) return double(float_of(0x7FC00000u));
-  const double moved = centre ? sub(value, centre[d]) : value;
-  return moved * moved;
-}
+struct RowTiles {
+  float x[kRowWarps][32][33];
+};
 
 __global__ void __launch_bounds__(kRowBlock) nearest_rows_kernel(NearestProblem p, NearestSpace space) {
+  VQ_SHARED(RowTiles, tiles);
   const Rows& x = p.x;
-  const int lane = threadIdx.x % 32;
-  const i64 rows = x.rows(), g = blockIdx.y, first = i64(blockIdx.x) * kRowBlock + threadIdx.x / 32 * 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const i64 rows = x.rows(), g = blockIdx.y, first = i64(blockIdx.x) * kRowBlock + warp * 32, mine = first + lane;
   const float* centre = p.metric == kL2 ? space.centre + g * x.dim : nullptr;
-  const i64 mine = first + lane;
+  float* out = space.rows + (g * ceil_div(rows, kTile) + blockIdx.x) * space.padded_dim * kTile + threadIdx.x;
+  const i64 base = mine < rows ? x.base(g, mine) : 0;
+  const int count = first >= rows ? 0 : rows - first < 32 ? int(rows - first) : 32;
   double square = 0;
-  if (x.rows_adjacent()) {
-    const i64 base = mine < rows ? x.base(g, mine) : 0;
-    for (i64 d = 0; mine < rows && d < x.dim; ++d) square += finite_square(x, centre, base, d);
-  } else {
-    for (int i = 0; i < 32 && first + i < rows; ++i) {
-      const i64 base = x.base(g, first + i);
-      double part = 0;
-      for (i64 d = lane; d < x.dim; d += 32) part += finite_square(x, centre, base, d);
-      part = warp_sum(part);
-      if (lane == i) square = part;
+  bool finite = true;
+  for (i64 d0 = 0; d0 < x.dim; d0 += 32) {
+    const int dims = x.dim - d0 < 32 ? int(x.dim - d0) : 32;
+    if (!x.rows_adjacent()) {  // neighbouring lanes read neighbouring components, and the tile is turned
+      for (int i = 0; i < count; ++i) {
+        const i64 row_base = shfl(kFullWarp, base, i);
+        if (lane < dims) tiles.x[warp][i][lane] = load_f32(x.data, x.dtype, row_base + (d0 + lane) * x.stride_d);
+      }
+      sync_warp();
     }
+    for (int j = 0; mine < rows && j < dims; ++j) {
+      const i64 d = d0 + j;
+      const float value = x.rows_adjacent() ? load_f32(x.data, x.dtype, base + d * x.stride_d) : tiles.x[warp][lane][j];
+      finite = finite && is_finite(value);
+      const float moved = centre ? sub(centre[d], value) : -value;
+      out[d * kTile] = moved;
+      square += double(moved) * double(moved);
+    }
+    sync_warp();
   }
   if (mine >= rows) return;
-  float length = round_up(sqrt(square) * (1.0 + 0x1p-34));
-  const i64 b = mine / x.count, n = mine % x.count;
-  if (p.mask.data && !p.mask.data[b * p.mask.stride_b + n * p.mask.stride_n]) length = -1.0f;
+  for (i64 d = x.dim; d < space.padded_dim; ++d) out[d * kTile] = 0.0f;
+  float length = finite ? round_up(sqrt(square) * (1.0 + 0x1p-34)) : float_of(0x7FC00000u);
+  const BatchRow at(mine, x.count);
+  if (p.mask.data && !p.mask.data[at.batch * p.mask.stride_b + at.position * p.mask.stride_n]) length = -1.0f;
   space.row_length[g * rows + mine] = length;
 }
 
 // ---- screen: a block owns 128 rows and one split of the codes ------------------------------------------------------------------
 
-struct ScreenTiles {
-  float x[2][kTileDims][kTileRows + 4];  // -x, so that the chain only adds; + 4 keeps rows 16-byte aligned and off one bank
-  float c[2][kTileDims][kTileCodes + 4];
+constexpr int kScreenThreads = 256, kStages = 4;
+constexpr int kPatch = 8;  // a thread owns 8 x 8 scores: 64 FMAs for 4 shared-memory reads of 16 bytes
+
+struct ScreenTiles {  // a ring of chunks of 8 components, filled three chunks ahead
+  alignas(16) float x[kStages][kTileDims][kTile];
+  alignas(16) float c[kStages][kTileDims][kTile];
+  alignas(16) float margin[kTile];  // -e0 |row|, rounded away from zero
 };
-
-// The elements of a 128 x 16 chunk that one thread moves: registers between global and shared memory.
-constexpr int kMoves = kTileRows * kTileDims / kScreenThreads;
-
-struct ScreenSource {
-  const Rows& x;
-  const float* centre;
-  const float* codes;  // of this group
-  i64 group, first_row, size;
-  bool by_row;
-
-  // Neighbouring threads take neighbouring addresses.
-  __device__ __forceinline__ int x_row(int i) const {
-    const int e = threadIdx.x + i * kScreenThreads;
-    return by_row ? e % kTileRows : e / kTileDims;
-  }
-  __device__ __forceinline__ int x_dim(int i) const {
-    const int e = threadIdx.x + i * kScreenThreads;
-    return by_row ? e / kTileRows : e % kTileDims;
-  }
-  __device__ __forceinline__ int c_row(int i) const { return (threadIdx.x + i * kScreenThreads) / kTileDims; }
-  __device__ __forceinline__ int c_dim(int i) const { return (threadIdx.x + i * kScreenThreads) % kTileDims; }
-
-  __device__ __forceinline__ void fetch(i64 code, i64 dim, float (&xs)[kMoves], float (&cs)[kMoves]) const {
-#pragma unroll
-    for (int i = 0; i < kMoves; ++i) {
-      const i64 row = first_row + x_row(i), d = dim + x_dim(i);
-      xs[i] = row < x.rows() && d < x.dim ? -row_value(x, centre, x.base(group, row), d) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kMoves; ++i) {
-      const i64 k = code + c_row(i), d = dim + c_dim(i);
-      cs[i] = k < size && d < x.dim ? codes[k * x.dim + d] : 0.0f;
-    }
-  }
-  __device__ __forceinline__ void put(ScreenTiles& tiles, int stage, const float (&xs)[kMoves], const float (&cs)[kMoves]) const {
-#pragma unroll
-    for (int i = 0; i < kMoves; ++i) tiles.x[stage][x_dim(i)][x_row(i)] = xs[i];
-#pragma unroll
-    for (int i = 0; i < kMoves; ++i) tiles.c[stage][c_dim(i)][c_row(i)] = cs[i];
-  }
-};
+static_assert(kTileDims * kTile == 4 * kScreenThreads, "a thread copies 16 bytes of each side per chunk");
 
 // Thread (ty, tx) of 16 x 16 owns rows and codes 4 t .. 4 t + 3 and 64 + 4 t .. 64 + 4 t + 3: 16-byte reads without conflicts.
 __device__ __forceinline__ int patch_at(int t, int i) { return 4 * t + i % 4 + 64 * (i / 4); }
@@ -132,71 +97,76 @@ struct Top {  // the smallest bound, its code, and the second smallest
   }
 };
 
-// Bytes: each tile pair reads 128 (rows + codes) D floats for 128^2 D FMAs, 32 FMAs a byte from L2.
-__global__ void __launch_bounds__(kScreenThreads) nearest_screen_kernel(NearestProblem p, double e0, NearestSpace space) {
+// Bytes: a pair of tiles reads 256 D floats for 128^2 D FMAs: 16 FMAs per byte from L2.
+__global__ void __launch_bounds__(kScreenThreads, 2) nearest_screen_kernel(NearestProblem p, double e0, NearestSpace space) {
   VQ_SHARED(ScreenTiles, tiles);
-  const i64 g = blockIdx.z, rows = p.x.rows(), size = p.codebook.size, dim = p.x.dim;
-  const i64 first_row = i64(blockIdx.x) * kTileRows;
-  const i64 code_tiles = ceil_div(size, kTileCodes);
-  const i64 begin = code_tiles * blockIdx.y / gridDim.y * kTileCodes, end = code_tiles * (blockIdx.y + 1) / gridDim.y * kTileCodes;
+  const i64 g = blockIdx.z, rows = p.x.rows(), first_row = i64(blockIdx.x) * kTile;
+  const int size = int(p.codebook.size), code_tiles = int(ceil_div(size, kTile));
+  const int first_tile = int(i64(code_tiles) * blockIdx.y / gridDim.y), last_tile = int(i64(code_tiles) * (blockIdx.y + 1) / gridDim.y);
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const float* half_norm = space.half_norm + g * size;
   const float* length = space.length + g * size;
-  const ScreenSource source{p.x, p.metric == kL2 ? space.centre + g * dim : nullptr, space.codes + g * size * dim, g, first_row, size,
-                            p.x.rows_adjacent()};
+  const i64 tile_floats = space.padded_dim * kTile;
+  const float* from_x = space.rows + (g * ceil_div(rows, kTile) + blockIdx.x) * tile_floats + threadIdx.x * 4;
+  const float* from_c = space.codes + (g * code_tiles + first_tile) * tile_floats + threadIdx.x * 4;
+  const int chunks = int(space.padded_dim / kTileDims);
+  const float* const end_c = from_c + (last_tile - first_tile) * tile_floats;
+  if (threadIdx.x < kTile) {
+    const i64 row = first_row + threadIdx.x;
+    tiles.margin[threadIdx.x] = row < rows ? -round_up(e0 * double(space.row_length[g * rows + row])) : 0.0f;
+  }
   Top top[kPatch];
-  float margin[kPatch];  // -e0 |row|, rounded away from zero
 #pragma unroll
-  for (int i = 0; i < kPatch; ++i) {
-    const i64 row = first_row + patch_at(ty, i);
-    top[i] = Top{kInfinity, kInfinity, 0x7FFFFFFF};
-    margin[i] = row < rows ? -round_up(e0 * double(space.row_length[g * rows + row])) : 0.0f;
-  }
+  for (int i = 0; i < kPatch; ++i) top[i] = Top{kInfinity, kInfinity, 0x7FFFFFFF};
 
-  const i64 chunks = ceil_div(dim, kTileDims), steps = (end - begin) / kTileCodes * chunks;
-  float xs[kMoves], cs[kMoves], score[kPatch][kPatch];
-  source.fetch(begin, 0, xs, cs);
-  source.put(tiles, 0, xs, cs);
-  sync_threads();
-  i64 code = begin, chunk = 0;
-  for (i64 step = 0; step < steps; ++step) {
-    const int stage = int(step & 1);
-    const bool last = chunk + 1 == chunks;
-    // The next chunk travels while this one is multiplied.
-    if (step + 1 < steps) source.fetch(last ? code + kTileCodes : code, last ? 0 : (chunk + 1) * kTileDims, xs, cs);
-    if (chunk == 0) {
+  int copied_chunk = 0;
+  auto copy_next = [&](int stage) {  // x starts anew with every code tile, codes go on and on
+    if (from_c != end_c) {
+      copy_async16(&tiles.x[stage][0][0] + threadIdx.x * 4, from_x + copied_chunk * (kTileDims * kTile), 16);
+      copy_async16(&tiles.c[stage][0][0] + threadIdx.x * 4, from_c, 16);
+      from_c += kTileDims * kTile;
+      copied_chunk = copied_chunk + 1 == chunks ? 0 : copied_chunk + 1;
+    }
+    copy_commit();
+  };
 #pragma unroll
-      for (int j = 0; j < kPatch; ++j) {
-        const i64 k = code + patch_at(tx, j);
-        const float start = k < size ? half_norm[k] : kInfinity;
+  for (int i = 0; i < kStages - 1; ++i) copy_next(i);
+
+  int stage = 0;
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    float score[kPatch][kPatch];
 #pragma unroll
-        for (int i = 0; i < kPatch; ++i) score[i][j] = start;
+    for (int j = 0; j < kPatch; ++j) {
+      const int k = tile * kTile + patch_at(tx, j);
+      const float start = k < size ? half_norm[k] : kInfinity;
+#pragma unroll
+      for (int i = 0; i < kPatch; ++i) score[i][j] = start;
+    }
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      copy_wait<kStages - 2>();
+      sync_threads();  // this chunk has landed for all, and all are done with the one whose place is filled next
+      copy_next((stage + kStages - 1) % kStages);
+#pragma unroll 2  // more would spill: two blocks of 256 threads share 65,536 registers
+      for (int d = 0; d < kTileDims; ++d) {
+        float a[kPatch], b[kPatch];
+#pragma unroll
+        for (int i = 0; i < kPatch; ++i) a[i] = tiles.x[stage][d][patch_at(ty, i)], b[i] = tiles.c[stage][d][patch_at(tx, i)];
+#pragma unroll
+        for (int i = 0; i < kPatch; ++i)
+#pragma unroll
+          for (int j = 0; j < kPatch; ++j) score[i][j] = fma(a[i], b[j], score[i][j]);
       }
+      stage = (stage + 1) % kStages;
     }
 #pragma unroll
-    for (int d = 0; d < kTileDims; ++d) {
-      float a[kPatch], b[kPatch];
+    for (int j = 0; j < kPatch; ++j) {  // past the last code the score is inf or NaN, and take() takes neither
+      const int k = tile * kTile + patch_at(tx, j);
+      const float reach = k < size ? length[k] : 0.0f;
 #pragma unroll
-      for (int i = 0; i < kPatch; ++i) a[i] = tiles.x[stage][d][patch_at(ty, i)], b[i] = tiles.c[stage][d][patch_at(tx, i)];
-#pragma unroll
-      for (int i = 0; i < kPatch; ++i)
-#pragma unroll
-        for (int j = 0; j < kPatch; ++j) score[i][j] = fma(a[i], b[j], score[i][j]);
+      for (int i = 0; i < kPatch; ++i) top[i].take(fma(tiles.margin[patch_at(ty, i)], reach, score[i][j]), k);
     }
-    if (last) {
-#pragma unroll
-      for (int j = 0; j < kPatch; ++j) {
-        const i64 k = code + patch_at(tx, j);
-        const float reach = k < size ? length[k] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPatch; ++i) top[i].take(fma(margin[i], reach, score[i][j]), int(k));
-      }
-    }
-    if (step + 1 < steps) source.put(tiles, stage ^ 1, xs, cs);
-    sync_threads();
-    code = last ? code + kTileCodes : code;
-    chunk = last ? 0 : chunk + 1;
   }
+  copy_wait<0>();
 
   // The 16 threads of one ty are half a warp.
 #pragma unroll
@@ -337,7 +307,7 @@ constexpr int kOpenRows = 4, kOpenThreads = 256, kOpenDims = 64;
 constexpr int kOpenWarps = kOpenThreads / 32;
 
 struct OpenTiles {
-  float x[kOpenRows][kOpenDims];  // -x, a chunk of d
+  float x[kOpenRows][kOpenDims];  // as packed, a chunk of d
   double score[kOpenWarps];
   int code[kOpenWarps];
 };
@@ -378,9 +348,9 @@ __global__ void __launch_bounds__(kOpenThreads) nearest_rescan_kernel(NearestPro
   VQ_SHARED(OpenTiles, tiles);
   const Rows& x = p.x;
   const i64 g = blockIdx.y, rows = x.rows(), size = p.codebook.size, open = i64(space.open[g]);
-  const float* centre = p.metric == kL2 ? space.centre + g * x.dim : nullptr;
+  const i64 tile_floats = space.padded_dim * kTile;
   for (i64 start = i64(blockIdx.x) * kOpenRows; start < open; start += i64(gridDim.x) * kOpenRows) {
-    i64 base[kOpenRows];
+    i64 base[kOpenRows], packed[kOpenRows];
     float limit[kOpenRows], margin[kOpenRows];
     Nearest nearest[kOpenRows];
 #pragma unroll
@@ -388,6 +358,7 @@ __global__ void __launch_bounds__(kOpenThreads) nearest_rescan_kernel(NearestPro
       // Past the end: the last row once more, whose result is not written.
       const i64 at = g * rows + (start + i < open ? start + i : open - 1), row = space.open_row[at];
       base[i] = x.base(g, row);
+      packed[i] = (g * ceil_div(rows, kTile) + row / kTile) * tile_floats + row % kTile;
       limit[i] = space.open_limit[at];
       margin[i] = -round_up(e0 * double(space.row_length[g * rows + row]));
       nearest[i] = Nearest{double(kInfinity), 0x7FFFFFFF};
@@ -395,6 +366,7 @@ __global__ void __launch_bounds__(kOpenThreads) nearest_rescan_kernel(NearestPro
     for (i64 block = 0; block < size; block += kOpenThreads) {
       const i64 k = block + threadIdx.x;
       const int state = k < size ? int(space.state[g * size + k]) : int(kNever);
+      const float* codes = space.codes + (g * ceil_div(size, kTile) + k / kTile) * tile_floats + k % kTile;
       float score[kOpenRows];
 #pragma unroll
       for (int i = 0; i < kOpenRows; ++i) score[i] = state == kScreened ? space.half_norm[g * size + k] : 0.0f;
@@ -402,14 +374,14 @@ __global__ void __launch_bounds__(kOpenThreads) nearest_rescan_kernel(NearestPro
         const int dims = x.dim - d0 < kOpenDims ? int(x.dim - d0) : kOpenDims;
         const int i = threadIdx.x / kOpenDims, j = threadIdx.x % kOpenDims;  // 256 threads fetch 4 x 64 values
         sync_threads();
-        i64 row_base = base[0];
+        i64 at = packed[0];
 #pragma unroll
-        for (int r = 1; r < kOpenRows; ++r) row_base = i == r ? base[r] : row_base;
-        tiles.x[i][j] = j < dims ? -row_value(x, centre, row_base, d0 + j) : 0.0f;
+        for (int r = 1; r < kOpenRows; ++r) at = i == r ? packed[r] : at;
+        tiles.x[i][j] = j < dims ? space.rows[at + (d0 + j) * kTile] : 0.0f;
         sync_threads();
         if (state == kScreened)
           for (int d = 0; d < dims; ++d) {
-            const float code = space.codes[(g * size + k) * x.dim + d0 + d];
+            const float code = codes[(d0 + d) * kTile];
 #pragma unroll
             for (int r = 0; r < kOpenRows; ++r) score[r] = fma(tiles.x[r][d], code, score[r]);
           }

@@ -11,10 +11,11 @@ struct Mask {  // [B, N] bool, true = valid; data may be nullptr: all valid
 };
 
 // What one search needs beside its inputs and outputs; all of it lies in one block of device memory that the caller brings.
-// R = B N rows per group, S = parts into which the codes are split. O(N + K D) bytes.
+// R = B N rows per group, S = parts into which the codes are split. O((N + K) D) bytes.
 struct NearestSpace {
   float* centre;             // [G, D] subtracted from both sides; any value is right, a good one makes the screen sharp
-  float* codes;              // [G, K, D] centred codes (cosine: of length 1 before centring), rounded to float32
+  float* codes;              // [G, code tiles, padded D, 128] centred codes (cosine: of length 1 before centring) in float32
+  float* rows;               // [G, row tiles, padded D, 128] -(x - centre) (l2) or -x, in float32
   float* half_norm;          // [G, K] |code|^2 / 2, less the bound's share (l2), or 0; +inf: never a candidate of the screen
   float* length;             // [G, K] upper bound of the centred code's length
   double* code_norm;         // [G, K] cosine: sqrt(sum c^2) as the contract computes it
@@ -29,9 +30,13 @@ struct NearestSpace {
   int* best_code;            // [S, G, R]
   i64* open_row;             // [G, R] rows that the screen could not settle, in any order
   float* open_limit;         // [G, R] no code whose lower bound lies above this can win
-  i64 buckets;
+  i64 buckets, padded_dim;
   int splits;
 };
+
+// The screen takes tiles of 128 rows and 128 codes, 8 components at a time; both are stored tile by tile, component by component,
+// so that a tile is one contiguous block. Padding components are zero.
+constexpr int kTile = 128, kTileDims = 8;
 
 struct NearestProblem {
   Rows x;
