@@ -29,6 +29,12 @@ def put(backend: str, *tensors: torch.Tensor | None):
     return moved[0] if len(moved) == 1 else moved
 
 
+def no_interpreter(backend: str) -> None:
+    """Leaves Triton's interpreter out of tests that are made of ops which have tests of their own; a GPU runs them."""
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("interpreter: too slow for composed tests; the ops themselves are tested one by one")
+
+
 def op(name: str, backend: str):
     """The border's own op, called without the public function's checks."""
     trailing = "_" if name.endswith("_") else ""

@@ -7,7 +7,7 @@ import cases
 import oracle
 import pytest
 import torch
-from check import ULP, close, device_of, put, same, same_bits
+from check import ULP, close, device_of, no_interpreter, put, same, same_bits
 from layers import CODES, DIM, KINDS, LAYOUTS, codes_of, index_shape, make, rows_of
 
 import vqfast
@@ -20,6 +20,7 @@ LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.fixture(autouse=True)
 def on_backend(backend):
     """Layers choose by themselves; here every choice is forced in turn."""
+    no_interpreter(backend)
     with vqfast.use_backend(backend):
         yield
 

@@ -7,7 +7,7 @@ import cases
 import oracle
 import pytest
 import torch
-from check import ULP, close, device_of, put, same, same_bits
+from check import ULP, close, device_of, no_interpreter, put, same, same_bits
 from layers import CODES, DIM, KINDS, codes_of, learned, make, state_of
 
 import vqfast
@@ -20,6 +20,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", [*KINDS, "residual"])
 
 @pytest.fixture(autouse=True)
 def on_backend(backend):
+    no_interpreter(backend)
     with vqfast.use_backend(backend):
         yield
 

@@ -4,11 +4,16 @@ import cases
 import oracle
 import pytest
 import torch
-from check import ULP, close, put, same, same_bits
+from check import ULP, close, no_interpreter, put, same, same_bits
 
 import vqfast
 
 FAMILY = "ema"  # nearest and code_stats together; every backend with statistics has the search
+
+
+@pytest.fixture(autouse=True)
+def composed(backend):
+    no_interpreter(backend)
 
 
 def blobs(clusters=8, each=40, dim=6, seed=1):
