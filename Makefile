@@ -16,8 +16,9 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 demo: .venv/demo.stamp
 	$(BIN)/python -m vqfast.cli.demo $(DEMO_ARGS)
 
+# Two processes of one thread each; a file stays in one process, and tests that need threads ask for them.
 test: .venv/test.stamp
-	$(BIN)/pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 bench: .venv/test.stamp
 	$(BIN)/pytest bench --benchmark-only $(BENCH_ARGS)
