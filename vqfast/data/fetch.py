@@ -36,6 +36,7 @@ from .arrays import (
     DataFileError,
     cifar10_folder,
 )
+from .pickled_arrays import read_arrays
 
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
 _LARGEST_MEMBER = 1 << 30
@@ -116,8 +117,9 @@ _FILES: dict[str, dict[str, str | None]] = {
     "mnist": {name: CHECKSUMS[name] for name in (*MNIST_TRAIN, *MNIST_TEST)},
     "photos": {"COPYRIGHT": None},
     "metrics": {
-        "lpips-vgg16.ckpt": "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
-        "lpips-alexnet.ckpt": "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        # Converted here; whoever loads them checks the tensors.
+        "lpips-vgg16.safetensors": None,
+        "lpips-alexnet.safetensors": None,
         "fid-inception.pt": "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
     },
 }
@@ -205,8 +207,8 @@ def _gather(name: str, places: list[Path], work: Path, log: Callable[[str], obje
                 )
             log(f"unpacking {path.name}")
             unpack(path, archive.members, files)
-        if name == "cifar10":
-            _repack_cifar10(files)
+        if name in _FINISH:
+            _FINISH[name](files)
     for file, expected in _FILES[name].items():
         if not (files / file).is_file():
             raise DataError(f"the archive of {name} lacks {file}")
@@ -347,6 +349,28 @@ def _repack_cifar10(files: Path) -> None:
             sheet.unlink()
     except (OSError, ValueError) as error:
         raise DataError(f"the archive of cifar10 does not have the known layout: {error}") from None
+
+
+def _convert_lpips(files: Path) -> None:
+    """Turns the weights into safetensors: kernels [H, W, in, out] become weights [out, in, H, W]."""
+    from safetensors.numpy import save
+
+    for net in ("vgg16", "alexnet"):
+        source = files / f"lpips-{net}.ckpt"
+        try:
+            arrays = read_arrays(source.read_bytes())
+        except DataFileError as error:
+            raise DataError(f"{source.name}: {error}") from None
+        weights = {}
+        for name, array in arrays.items():
+            kernel = name.endswith(".kernel")
+            array = array.transpose(3, 2, 0, 1) if kernel else array
+            weights[name.removesuffix("kernel") + "weight" if kernel else name] = np.ascontiguousarray(array)
+        source.with_suffix(".safetensors").write_bytes(save(weights))
+        source.unlink()
+
+
+_FINISH: dict[str, Callable[[Path], None]] = {"cifar10": _repack_cifar10, "metrics": _convert_lpips}
 
 
 def _move(name: str, files: Path, folder: Path) -> None:
