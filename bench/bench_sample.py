@@ -74,14 +74,15 @@ def check(prior, size: int, whole_map: bool) -> int:
 
 
 def engine(prior, batch: int, size: int, lookahead: int, repeats: int) -> tuple[float, float]:
-    """(median seconds per map batch, positions evaluated per position)."""
-    program, times = compile_prior(prior), []
-    inputs = prior.spatial_inputs(None, batch, size, size)
+    """(median seconds of the whole public call for one batch of maps, positions evaluated per position)."""
+    times = []
     for repeat in range(repeats + 1):
-        tokens = torch.full((batch, size, size), -1)
         begin = time.perf_counter()
-        _, evaluated = op.run_program(program.words, program.weights, tokens, seed=repeat, lookahead=lookahead, condition=inputs)
+        sample_codes(prior, batch, size, size, seed=repeat, lookahead=lookahead, batch_size=batch)
         times.append(time.perf_counter() - begin)
+    program, inputs = compile_prior(prior), prior.spatial_inputs(None, batch, size, size)
+    tokens = torch.full((batch, size, size), -1)
+    _, evaluated = op.run_program(program.words, program.weights, tokens, seed=repeats, lookahead=lookahead, condition=inputs)
     return median(times[1:]), evaluated / (size * size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class ProgramBuilder:
         self.codebook_size, self.classes, self.condition_channels = codebook_size, classes, condition_channels
         self._buffers: list[list[int]] = []
         self._code: list[list[int]] = []
-        self._weights: list[Tensor] = []
+        self._fills: list[tuple[int, int, Callable[[Tensor], object]]] = []
         self._size = 0
         self._logits = -1
         self.condition = -1
@@ -79,11 +80,14 @@ class ProgramBuilder:
         return len(self._buffers) - 1
 
     def _store(self, tensor: Tensor) -> int:
-        """Offset of the tensor's float32 values in the weights, aligned to 16 floats."""
-        flat = tensor.detach().to(torch.float32).reshape(-1)
-        pad = -flat.numel() % 16
-        self._weights.append(torch.cat([flat, flat.new_zeros(pad)]) if pad else flat)
-        offset, self._size = self._size, self._size + flat.numel() + pad
+        """Offset of the tensor's float32 values in the weights."""
+        return self._reserve(tensor.numel(), lambda out: out.copy_(tensor.detach().reshape(-1)))
+
+    def _reserve(self, size: int, fill: Callable[[Tensor], object]) -> int:
+        """Offset of `size` floats, aligned to 16, that `finish` lets `fill` write: a large network is copied once only."""
+        offset = self._size
+        self._fills.append((offset, size, fill))
+        self._size += size + -size % 16
         return offset
 
     def taps(self, buffer: int, weight: Tensor, top: int = 0, left: int = 0) -> list[Tap]:
@@ -120,7 +124,8 @@ class ProgramBuilder:
             assert weight.shape[0] == outputs and dy <= 0
         start = [1, init] if init is not None else [0, self._store(torch.zeros(outputs) if bias is None else bias)]
         table = -1 if classes is None else self._store(classes)
-        packed = self._store(pack(torch.cat([t[3].detach().cpu() for t in taps], dim=1), gated=epilogue in ("gate", "glu")))
+        gated, weights = epilogue in ("gate", "glu"), [tap[3].detach() for tap in taps]
+        packed = self._reserve(packed_size(weights, gated), lambda flat: pack(weights, gated, flat))
         optional = [-1 if buffer is None else buffer for buffer in (out, raw, residual, act)]
         code = [words.CONV, _PHASES[phase], outputs, _EPILOGUES[epilogue], *start, table, packed, *optional, _EPILOGUES[act_kind]]
         code.append(len(taps))
@@ -161,7 +166,10 @@ class ProgramBuilder:
     def finish(self) -> Program:
         stream = [words.VERSION, len(self._buffers), len(self._code), self.codebook_size, self._logits, self.classes]
         stream += [self.condition_channels, *(n for b in self._buffers for n in b), *(n for c in self._code for n in c)]
-        weights = torch.cat(self._weights).contiguous()
+        weights = torch.empty(self._size)
+        for offset, size, fill in self._fills:
+            fill(weights[offset : offset + size])
+            weights[offset + size : offset + size + -size % 16] = 0.0
         sizes = (self.codebook_size, self.classes, self.condition_channels)
         return Program(torch.tensor(stream, dtype=torch.int64), weights, *sizes)
 
@@ -170,13 +178,22 @@ class ProgramBuilder:
         b[2], b[3], b[4] = max(b[2], 1 - dy), max(b[3], -dx), max(b[4], dx)
 
 
-def pack(weight: Tensor, gated: bool) -> Tensor:
-    """[outputs, depth] -> [panels, depth, 64]; see the module's first lines."""
-    outputs, depth = weight.shape
+def packed_size(weights: list[Tensor], gated: bool) -> int:
     parts = 2 if gated else 1
-    columns = words.PANEL // parts
-    per_part = outputs // parts
+    panels = -(-(weights[0].shape[0] // parts) // (words.PANEL // parts))
+    return panels * sum(w.shape[1] for w in weights) * words.PANEL
+
+
+def pack(weights: list[Tensor], gated: bool, flat: Tensor) -> None:
+    """Weights [outputs, channels] of consecutive taps -> flat, [panels, depth, 64]; see the module's first lines."""
+    parts = 2 if gated else 1
+    columns, per_part = words.PANEL // parts, weights[0].shape[0] // parts
     panels = -(-per_part // columns)
-    padded = weight.new_zeros(parts, panels * columns, depth)
-    padded[:, :per_part] = weight.reshape(parts, per_part, depth)
-    return padded.reshape(parts, panels, columns, depth).permute(1, 3, 0, 2).reshape(panels, depth, words.PANEL)
+    packed, at = flat.view(panels, -1, parts, columns), 0
+    for weight in weights:
+        if per_part != panels * columns:  # the last panel's missing outputs are zeros
+            padded = weight.new_zeros(parts, panels * columns, weight.shape[1])
+            padded[:, :per_part] = weight.reshape(parts, per_part, -1)
+            weight = padded.flatten(0, 1)
+        packed[:, at : at + weight.shape[1]].copy_(weight.unflatten(0, (parts, panels, columns)).permute(1, 3, 0, 2))
+        at += weight.shape[1]
