@@ -86,6 +86,11 @@ def test_sizes_are_raised_or_scaled(tmp_path):
     assert open_picture(tmp_path / "p.png", least=20).shape == (3, 30, 40)
     assert open_picture(tmp_path / "p.png", least=60).shape == (3, 60, 80)
     assert open_picture(tmp_path / "p.png", resize=15).shape == (3, 15, 20)
+    detail = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_picture(tmp_path / "large.jpg", detail.repeat_interleave(8, 1).repeat_interleave(8, 2), quality=95)
+    # `least` wins over `resize`, and nothing is decoded smaller than it is needed.
+    large = open_picture(tmp_path / "large.jpg", least=512, resize=64)
+    assert (large[:, 4::8, 4::8].int() - detail.int()).abs().float().mean() < 8
     picture(tmp_path / "thin.png", 1, 300)
     assert open_picture(tmp_path / "thin.png", resize=2).shape == (3, 600, 2)
 
@@ -246,6 +251,8 @@ def test_cache_stays_within_its_bound_and_changes_nothing(tmp_path):
         assert torch.equal(small[i], none[i])
         assert sum(p.numel() for p in small._cache.values()) <= 3 << 20
     assert len(small._cache) == 2 and not none._cache
+    small[0].zero_()
+    assert torch.equal(small[0], none[0])
 
 
 # ---- the embedded photographs ------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def open_picture(
             if width * height > max_pixels:
                 raise PictureError(f"{path} has {width}x{height} pixels, more than the limit of {max_pixels}")
             if resize:
-                image.draft(None, (resize, resize))
+                # A JPEG is decoded at a fraction of its size where that is still large enough.
+                image.draft(None, (max(least, resize), max(least, resize)))
             return _to_tensor(_scaled(_upright(image, channels), least, resize))
     except PictureError:
         raise
@@ -208,7 +209,7 @@ class PictureFolder:
         """Picture `index`, uint8 [C, H, W]: its centre crop, or the whole picture when size is None."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} pictures, index {index} is outside")
-        picture = self._readable(index % len(self))
+        picture = self._readable(index % len(self)).clone()  # The cache keeps its own.
         if self.size is None:
             return picture
         top, left = ((side - self.size) // 2 for side in picture.shape[1:])
