@@ -97,6 +97,24 @@ def test_index_out_of_range_raises(backend, wrong):
         vqfast.code_stats(x, indices, 6, backend=backend)
 
 
+@pytest.mark.parametrize("wrong", [-2, 6, 2**32], ids=str)
+def test_the_op_itself_refuses_wrong_indices(backend, wrong):
+    """As compiled graphs call it: a wrong index is never written to and never passed over in silence."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("a GPU's op writes nothing out of bounds and does not wait to say so")
+    with pytest.raises((IndexError, RuntimeError), match=r"index|indices"):
+        border_stats(backend, torch.ones(1, 1, 3, 2), torch.tensor([[[0, wrong, 1]]]), 6)
+
+
+def test_a_gpu_op_writes_nothing_out_of_bounds(backend):
+    """Wrong indices are left out like -1; with two groups, a stray write would land in the other one."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("the CPU raises")
+    indices = torch.tensor([0, 6, -2, 2**40, -(2**62), 2**32, 1]).expand(1, 2, 7)
+    sums, counts = border_stats(backend, torch.ones(1, 2, 7, 3), indices, 6)
+    assert counts.tolist() == [[1, 1, 0, 0, 0, 0]] * 2 and sums.sum() == 12
+
+
 def test_no_gradient_flows(backend):
     x = put(backend, torch.ones(4, 2)).requires_grad_()
     got = vqfast.code_stats(x, put(backend, torch.zeros(4, dtype=torch.int64)), 2, backend=backend)

@@ -89,6 +89,25 @@ def test_out_of_range_in_the_first_and_last_group(backend):
         vqfast.gather(*put(backend, cases.normal(3, 4, 2), indices), backend=backend, validate=True)
 
 
+@pytest.mark.parametrize("wrong", [-2, 9, 2**32], ids=str)
+def test_the_op_itself_refuses_wrong_indices(backend, wrong):
+    """Compiled and exported graphs call the op without the public function's check. Native code cannot raise IndexError
+    through the stable ABI; it raises RuntimeError and names it."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("a GPU's op reads nothing out of bounds and does not wait to say so")
+    with pytest.raises((IndexError, RuntimeError), match=r"index|indices"):
+        op("gather", backend)(cases.normal(1, 9, 3), torch.tensor([[[0, wrong, 1]]]))
+
+
+def test_a_gpu_op_reads_nothing_out_of_bounds(backend):
+    """Without validate, a wrong index gives zeros there."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("the CPU raises")
+    codebook, indices = cases.normal(2, 9, 3), torch.tensor([0, 9, -2, 2**40, -(2**62), 2**32, 1]).expand(1, 2, 7)
+    got = op("gather", backend)(*put(backend, codebook, indices))
+    same(got, oracle.gather(codebook, torch.tensor([0, -1, -1, -1, -1, -1, 1]).expand(1, 2, 7)))
+
+
 # ---- gradient -----------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,24 @@ def test_distance_overflows_to_inf_and_the_code_stays_right(backend):
     assert got.distance.isinf().all() and got.indices.unique().numel() > 10
 
 
+@pytest.mark.parametrize("count", [1, 4], ids="{} threads".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_subnormals_count_although_torch_flushes_them(backend, metric, count, set_threads):
+    """torch.set_flush_denormal(True), usual in CPU training, is a mode of the processor that kernels run in."""
+    if backend != "cpu" or not torch.set_flush_denormal(False):
+        pytest.skip("the other backends compute with torch itself, which does as the user asked")
+    set_threads(count)
+    expected = expected_case(cases.denormals_and_ones, metric)
+    data = cases.denormals_and_ones()
+    torch.set_flush_denormal(True)
+    try:
+        got = vqfast.nearest(*data, metric=metric, backend=backend)
+        assert torch.tensor([2.0**-140]).mul(1.0).item() == 0, "the mode is on, and stays on"
+    finally:
+        torch.set_flush_denormal(False)
+    same(got.indices, expected.indices), same(got.distance, expected.distance)
+
+
 # ---- non-finite values --------------------------------------------------------------------------------------------
 
 
