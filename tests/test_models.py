@@ -551,3 +551,10 @@ def test_hub_models_read_and_write_the_same_files(saved, tmp_path):
     ).read_bytes()
     assert type(load_pretrained(tmp_path / "again")) is VQVAE
     assert torch.equal(loaded(pictures()).reconstruction, model(pictures()).reconstruction)
+
+
+def test_a_model_exports_whole():
+    model, x = tiny(likelihood="discretized_logistic", scale="predicted").eval(), pictures()
+    exported = torch.export.export(model, (x,)).module()(x)
+    assert torch.equal(exported.reconstruction, model(x).reconstruction)
+    assert torch.equal(exported.levels[0].indices, model.encode(x)[0])
