@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from vqfast.data import save_picture
 from vqfast.models import VAE, VQVAE, load_pretrained
@@ -35,6 +36,7 @@ from vqfast.train.config import (
 from vqfast.train.evaluate import CODECS, codec_at, evaluate, psnr, restore, same_size_batches, squared_errors
 from vqfast.train.log import MetricsLog, read_metrics
 from vqfast.train.loop import TrainingError, learning_rate
+from vqfast.train.perceptual import frechet_distance, lpips_function
 from vqfast.train.plots import Chart, picture_grid, save_charts
 from vqfast.train.runs import begin_run, find_model, resume_run
 
@@ -437,6 +439,7 @@ def test_kill_9_at_random_moments_changes_no_bit(values, tmp_path):
         steps.add(len(read_metrics(tmp_path / "run" / "metrics.jsonl")))
     assert job.returncode == 0 and kills == 4 and len(steps) > 1, (kills, steps)
     assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "run"))
+    assert not list((tmp_path / "run").rglob("*.part")), "what killed writers left is swept up"
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(2, 61, 2))
     assert lines[-1]["reconstruction_loss"] < 0.5 * lines[0]["reconstruction_loss"], "and it learned something"
@@ -512,6 +515,27 @@ def test_codecs_are_taken_at_the_nearest_size(codec, target, pictures):
     dip = max(max(sizes[a] for a in range(low, q + 1)) - sizes[q] for q in sizes)
     assert got.bytes == sizes[got.quality] and abs(got.bytes - target) <= best + dip
     assert got.too_large == (target == 1)
+
+
+def test_frechet_distance_is_the_formula():
+    """Against eigenvalues of the product of the covariances, and with fewer rows than features against itself."""
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(200, 6, generator=rng, dtype=torch.float64)
+    b = torch.randn(150, 6, generator=rng, dtype=torch.float64) * 1.5 + 1
+    cov_a, cov_b = torch.cov(a.t()), torch.cov(b.t())
+    root = np.sqrt(np.linalg.eigvals((cov_a @ cov_b).numpy())).real.sum()
+    expected = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a[:4], a[:4]) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="two pictures"):
+        frechet_distance(a[:1], a)
+
+
+def test_lpips_needs_its_weights_unaltered(tmp_path):
+    assert lpips_function(tmp_path) is None
+    save_file({"x": torch.zeros(1)}, tmp_path / "lpips-alexnet.safetensors")
+    with pytest.raises(ValueError, match="is altered"):
+        lpips_function(tmp_path)
 
 
 def test_charts_are_valid_and_say_the_same_in_svg_and_png(tmp_path):

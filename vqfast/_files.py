@@ -42,6 +42,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
+def remove_strays(folder: str | os.PathLike) -> None:
+    """Deletes the temporary files that killed writers of :func:`atomic_file` left directly in a folder."""
+    for stray in Path(folder).glob(".*.part"):
+        stray.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | os.PathLike, content: bytes | str) -> None:
     """Writes ``content`` (text as UTF-8) to ``path`` through :func:`atomic_file`."""
     with atomic_file(path) as file:

@@ -28,6 +28,5 @@ def run(args) -> int:
         raise UserError(
             f"there is no data set {args.name!r}{did_you_mean(args.name, SOURCES)}; there are {', '.join(SOURCES)}"
         )
-    where = fetch(args.name, Path(args.folder) if args.folder else None, local=Path(args.local) if args.local else None)
-    print(f"{args.name} is in {where}")
+    fetch(args.name, Path(args.folder) if args.folder else None, local=Path(args.local) if args.local else None)
     return 0

@@ -28,6 +28,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--pictures", type=int, default=500, help="how many, evenly spread (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--no-codecs", action="store_true", help="leave out JPEG and WebP")
+    parser.add_argument("--fid", action="store_true", help="compute FID too; slow (needs: vqfast data metrics)")
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON too")
 
 
@@ -38,7 +39,7 @@ def run(args) -> int:
     model.to(pick_device(args.device))
     pictures, what, folder = _pictures(args, model, config)
     try:
-        result = evaluate(model, pictures, codecs=not args.no_codecs)
+        result = evaluate(model, pictures, codecs=not args.no_codecs, perceptual=True, fid=args.fid)
     except ValueError as error:  # no picture that can be read, or none that the model can take
         raise UserError(f"{what}: {error}") from None
     print(f"model      {source}\npictures   {result.pictures} of {what}")
@@ -68,6 +69,13 @@ def _pictures(args, model, config):
 def table(result: Evaluation) -> list[str]:
     """The figures as lines for people."""
     lines = [f"MSE                {result.mse:.6f}      PSNR {result.psnr:.2f} dB      SSIM {_or(result.ssim, '.4f')}"]
+    seen = [
+        ("LPIPS", result.lpips, ".4f", "AlexNet, 0: equal"),
+        ("FID", result.fid, ".2f", "depends on how many pictures"),
+    ]
+    for name, value, form, remark in seen:
+        if value is not None:
+            lines += [f"{name:<18} {value:{form}}        {remark}"]
     if result.bits_per_dim is not None:
         lines += [f"bits/dim           {result.bits_per_dim:.3f}"]
     for level, (perplexity, usage) in enumerate(zip(result.perplexity, result.usage, strict=True)):

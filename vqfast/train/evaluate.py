@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
 from vqfast.tokens import packed_bytes
+from vqfast.train.perceptual import Frechet, lpips_function
 
 # (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG
 # documentation advises.
@@ -27,6 +28,8 @@ class Evaluation:
     mse: float = 0.0
     psnr: float = 0.0
     ssim: float | None = None
+    lpips: float | None = None
+    fid: float | None = None
     bits_per_dim: float | None = None
     perplexity: list[float] = field(default_factory=list)
     usage: list[float] = field(default_factory=list)
@@ -49,16 +52,23 @@ class CodecResult:
 
 
 def evaluate(
-    model: torch.nn.Module, pictures: Iterable[Tensor], *, codecs: bool = True, likelihood: bool = True
+    model: torch.nn.Module,
+    pictures: Iterable[Tensor],
+    *,
+    codecs: bool = True,
+    likelihood: bool = True,
+    perceptual: bool = False,
+    fid: bool = False,
 ) -> Evaluation:
     """Judges a model.
 
     Args:
         model: a VQ-VAE or VAE; it is put into eval mode.
         pictures: uint8 [C, H, W] of any sizes; they are padded to the model's stride and cut back. All are kept in
-            memory when
-            ``codecs`` asks for a second look at them.
+            memory when ``codecs`` asks for a second look at them.
         codecs: compare with JPEG and WebP.
+        perceptual: compute LPIPS when its weights are on this machine.
+        fid: compute FID; slow.
         likelihood: compute bits per dimension (needs sizes that are multiples of the stride).
 
     Raises:
@@ -67,7 +77,8 @@ def evaluate(
     result, kept, similarity = Evaluation(), [], similarity_function()
     errors, ratios, ssims, bits, token_bytes, pixels_seen = [], [], [], [], [], []
     counts = [torch.zeros(q.groups, q.codebook_size, dtype=torch.int64) for q in model.quantizers]
-    scale = None
+    scale, lpips, frechet = None, lpips_function() if perceptual else None, Frechet() if fid else None
+    distances: list[float] = []
     for _, batch in same_size_batches(("", picture) for picture in pictures):
         restored, codes, x = restore(model, batch)
         error = squared_errors(batch, restored)
@@ -75,6 +86,9 @@ def evaluate(
         ratios += psnr(error).tolist()
         if similarity is not None:
             ssims += similarity(batch, restored)
+        distances += lpips(batch, restored) if lpips else []
+        if frechet is not None:
+            frechet.add(batch, restored)
         for level, indices in enumerate(codes):
             for group, part in enumerate(indices.reshape(len(batch), len(counts[level]), -1).unbind(1)):
                 counts[level][group] += torch.bincount(part.reshape(-1), minlength=counts[level].shape[1])
@@ -97,6 +111,10 @@ def evaluate(
         result.notes.append("SSIM needs pytorch-msssim or torchmetrics: pip install pytorch-msssim")
     elif not ssims or len(ssims) < len(errors):
         result.notes.append("SSIM leaves out pictures that are smaller than its window of 11 pixels")
+    if perceptual and not distances:
+        result.notes.append("LPIPS needs its weights (vqfast data metrics) and RGB pictures of 32 pixels or more")
+    result.lpips = _mean(distances) if distances else None
+    result.fid = frechet.distance() if frechet is not None else None
     if bits:
         result.bits_per_dim = _mean(bits)
     if counts:

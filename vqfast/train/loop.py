@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import vqfast
-from vqfast._files import write_atomic
+from vqfast._files import remove_strays, write_atomic
 from vqfast.data import Loader
 from vqfast.models import pixels_to_float
 from vqfast.train import checkpoint as checkpoints
@@ -96,6 +96,8 @@ class Trainer:
         """
         settings, last = self.config.train, {}
         if self.ranks.first:
+            for place in (self.folder, self.folder / "checkpoints", self.folder / "pictures", self.folder / "plots"):
+                remove_strays(place)  # of a run that was killed
             write_atomic(self.folder / "config.json", to_json(self.config))
             self.log = MetricsLog(self.folder, self.step, settings.tensorboard)
         progress = Progress(settings.steps, self.step, self.say, self.ranks.first)

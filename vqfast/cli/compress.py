@@ -1,0 +1,48 @@
+"""``vqfast compress``: pictures as codes, entropy-coded with the prior's own probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vqfast.cli import UserError
+from vqfast.cli._priors import open_both
+from vqfast.cli._settings import Pictures
+from vqfast.models.compression import CompressedPicture, compress_levels, write_compressed
+from vqfast.tokens import bits_for, model_hash
+from vqfast.train.evaluate import encode_pictures, same_size_batches
+
+EPILOG = """\
+The codes come back exactly, on any machine; what is lost was lost by the model. Needs constriction: pip install constriction."""
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", help="the model that encodes")
+    parser.add_argument("prior", help="folder that vqfast train-prior wrote for it")
+    parser.add_argument("pictures", help="a picture or a folder of pictures, any sizes")
+    parser.add_argument("out", help="the file to write")
+
+
+def run(args) -> int:
+    model, prior, _ = open_both(args.model, args.prior)
+    if Path(args.out).is_dir():
+        raise UserError(f"{args.out} is a folder; name the file to write")
+    pictures, found, pixels, packed = Pictures(args.pictures, model.config.in_channels), [], 0, 0
+    sizes = [quantizer.codebook_size for quantizer in model.quantizers]
+    for names, batch in same_size_batches(pictures):
+        with torch.no_grad():
+            levels = encode_pictures(model, batch)[0]
+        coded = compress_levels(prior, levels)
+        for place, name in enumerate(names):
+            parts = [(*level.shape[1:], stream) for level, stream in zip(levels, coded[place])]
+            found.append(CompressedPicture(name, batch.shape[3], batch.shape[2], -1, parts))
+        pixels += batch.shape[0] * batch.shape[2] * batch.shape[3]
+        packed += sum(level.numel() * bits_for(size) for level, size in zip(levels, sizes))
+    for line in pictures.report():
+        print(line)
+    if not found:
+        raise UserError(f"none of the pictures in {args.pictures} can be read; there is no file")
+    size = write_compressed(args.out, found, model=model_hash(model.state_dict()), prior=prior)
+    print(f"{args.out}: {len(found)} pictures, {size:,} bytes, {8 * size / pixels:.4f} bits per pixel ({packed / pixels:.4f} without the prior)")
+    return 0

@@ -1,0 +1,55 @@
+"""``vqfast decompress``: a file that ``vqfast compress`` wrote, back into pictures."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from vqfast.cli import UserError
+from vqfast.cli._priors import open_both
+from vqfast.cli.decode import picture_name
+from vqfast.data import save_picture
+from vqfast.models import float_to_pixels
+from vqfast.models.compression import CompressedFileError, decompress_levels, read_compressed
+from vqfast.tokens import model_hash
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", help="the model that encoded")
+    parser.add_argument("prior", help="the prior that compressed")
+    parser.add_argument("file", help="the compressed file")
+    parser.add_argument("out", help="folder for the pictures (PNG, under their own names)")
+
+
+def run(args) -> int:
+    model, prior, _ = open_both(args.model, args.prior)
+    out, taken, number = Path(args.out), set(), 0
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder for the pictures")
+    try:
+        pictures = read_compressed(args.file, model=model_hash(model.state_dict()), prior=prior)
+        size = lambda p: (p.width, p.height, [part[:2] for part in p.levels])  # noqa: E731
+        for _, group in itertools.groupby(pictures, key=size):
+            group = list(group)
+            check_size(model, group[0], args.file)
+            levels = decompress_levels(prior, [p.levels for p in group], torch.tensor([p.label for p in group]))
+            with torch.no_grad():
+                decoded = float_to_pixels(model.decode(levels))
+            for picture, pixels in zip(group, decoded):
+                place = out / picture_name(picture.name, args.file, taken)
+                save_picture(place, pixels[:, : picture.height, : picture.width])
+                number += 1
+    except CompressedFileError as error:
+        raise UserError(str(error)) from None
+    print(f"{number} pictures in {out}")
+    return 0
+
+
+def check_size(model: torch.nn.Module, picture, source: str) -> None:
+    stride = model.stride
+    height, width = -(-picture.height // stride) * stride, -(-picture.width // stride) * stride
+    expected = [tuple(shape) for shape in model.latent_shapes(height, width)] if height and width else []
+    if [part[:2] for part in picture.levels] != expected:
+        raise CompressedFileError(f"{source}: {picture.name!r} is {picture.width}x{picture.height}, its codes' shapes do not fit that")
