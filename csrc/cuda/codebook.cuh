@@ -3,44 +3,19 @@
 // The screen compares lower bounds of scores, so every number made here is rounded to the safe side.
 #pragma once
 
-#include "cuda/nearest.h"
+#include "cuda/bounds.cuh"
 
 namespace vq {
-
-enum CodeState : unsigned char {
-  kScreened = 0,
-  kNever = 1,  // not finite, or equal to a code of lower index: never the answer
-  kWild = 2,   // so long that float32 squares could overflow: compared in float64 only
-};
 
 constexpr int kCodeWarps = 8;       // codes per block
 constexpr int kSampledGroups = 15;  // the centre is a median of this many means,
 constexpr int kSampleSize = 32;     // each of at most so many codes: a third of the sample may be junk
-constexpr double kWildLength = 4611686018427387904.0;  // 2^62: squares and their sums stay below 2^125
-constexpr float kTameRow = 1152921504606846976.0f;     // 2^60
-
-// The bound of the screen (float32, products of D terms). With X = x - m, U = c - m for the centre m, u = 2^-24, and x^, u^, w^
-// the float32 values that the screen reads, the chain  s = fma(x^_d, -u^_d, s), from s = w^ ~ |u^|^2 / 2, has
-//     |s - (|U|^2 / 2 - X.U)| <= e0 (|U|^2 / 2 + |X||U|),   e0 = 1.02 u (D + 5):
-// D roundings of partial sums that are each at most the sum of all magnitudes, gamma_D <= 1.01 D u for D <= 2^17; one rounding
-// of w^; one of each component of x^ and u^, relative to X and U since a float32 difference is rounded once; one for adding the
-// bound itself; and one in reserve for norms that are themselves rounded up. The same holds for dot (w = 0, X = x), and for
-// cosine with codes of length 1.
-inline double screen_bound(i64 dim) { return 1.02 * double(dim + 5) / 16777216.0; }
-constexpr i64 kScreenedDim = 131072;
-
-// The float64 settling formula errs too: by (D + 3) 2^-53 of |x - c|^2 <= (|X| + |U|)^2 (l2), or of |x||c| (dot, cosine). The
-// shares that hold |U| are lost in e0's reserve (l2) or in `length` (dot: |m| 2^-28, cosine: 2^-27); the share of |X|^2 is this,
-// for both sides of a comparison, in scores of half size. The last term covers underflow: D roundings of 2^-150.
-__device__ inline double screen_slack(int metric, i64 dim, double row_length) {
-  const double tiny = double(dim + 8) * 0x1p-146;
-  return tiny + (metric == kL2 ? 1.02 * double(dim + 4) * 0x1p-52 * row_length * row_length : 0.0);
-}
-
-__global__ void nearest_clear_kernel(int* bucket, i64 buckets, int* first_code, int* wild_codes, unsigned long long* open, i64 groups) {
+__global__ void nearest_clear_kernel(NearestSpace space, i64 groups) {
   const i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < buckets) bucket[i] = 0x7FFFFFFF;
-  if (i < groups) first_code[i] = 0x7FFFFFFF, wild_codes[i] = 0, open[i] = 0;
+  if (i < groups * space.buckets) space.bucket[i] = 0x7FFFFFFF;
+  if (i >= groups) return;
+  space.first_code[i] = 0x7FFFFFFF, space.wild_codes[i] = 0, space.open[i] = 0;
+  if (space.steps) space.longest[i] = 0, space.code_residual[i] = 0;
 }
 
 // sqrt(sum c^2) as the contract computes it: d ascends, every operation rounded once. All lanes return it.
@@ -174,6 +149,7 @@ __global__ void __launch_bounds__(32 * kCodeWarps) nearest_pack_kernel(Codes c, 
   space.length[at] = state == kScreened ? round_up(length) : 0.0f;
   space.half_norm[at] = state != kScreened ? float_of(0x7F800000u) : metric == kL2 ? round_down(square / 2 * (1.0 - e0)) : 0.0f;
   if (state == kWild) atomic_add(&space.wild_codes[g], 1);
+  if (state == kScreened && space.steps) atomic_max(&space.longest[g], int(bits_of(round_up(length))));  // positive floats order as integers
 }
 
 }  // namespace vq

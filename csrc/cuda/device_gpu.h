@@ -19,6 +19,12 @@ inline int multiprocessors() {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0 ? count : 1;
 }
 
+// Whether the current device has wgmma.
+inline bool hopper() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
 #ifdef __CUDACC__
 
 template <class... P, class... A>
@@ -49,6 +55,7 @@ __device__ __forceinline__ int popcount(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 __device__ __forceinline__ unsigned long long atomic_add(unsigned long long* at, unsigned long long value) { return atomicAdd(at, value); }
 __device__ __forceinline__ int atomic_min(int* at, int value) { return atomicMin(at, value); }
+__device__ __forceinline__ int atomic_max(int* at, int value) { return atomicMax(at, value); }
 
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------------------------
 

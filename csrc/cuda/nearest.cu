@@ -25,8 +25,9 @@ int splits_for(const NearestProblem& p) {
 
 size_t nearest_space(const NearestProblem& p, void* memory, NearestSpace* space) {
   const i64 groups = p.codebook.groups, codes = groups * p.codebook.size, rows = groups * p.x.rows();
-  NearestSpace s;
-  s.splits = splits_for(p);
+  NearestSpace s{};
+  plan_hopper(p, &s);
+  s.splits = s.steps ? 1 : splits_for(p);  // the Hopper screen's own splits meet before settling
   s.padded_dim = ceil_div(p.x.dim, kTileDims) * kTileDims;
   s.buckets = power_of_two_from(2 * p.codebook.size);
   Layout layout(memory);
@@ -47,6 +48,16 @@ size_t nearest_space(const NearestProblem& p, void* memory, NearestSpace* space)
   layout.place(s.best_code, s.splits * rows);
   layout.place(s.open_row, rows);
   layout.place(s.open_limit, rows);
+  if (s.steps) {
+    layout.place(s.longest, groups);
+    layout.place(s.code_residual, groups);
+    layout.place(s.code_halves, groups * ceil_div(p.codebook.size, kTile) * s.steps * (16 * kTile / 2));
+    layout.place(s.row_halves, groups * ceil_div(p.x.rows(), 64) * s.steps * (16 * 64 / 2));
+    layout.place(s.row_error, rows);
+    layout.place(s.row_bias, rows);
+    layout.place(s.row_scale, rows);
+    layout.place(s.entries, s.half_splits * rows * 16);
+  }
   if (space) *space = s;
   return layout.bytes();
 }
@@ -61,13 +72,15 @@ void nearest(const NearestProblem& p, void* memory, cudaStream_t stream) {
   const i64 buckets = groups * space.buckets;
   const dim3 code_grid(unsigned(ceil_div(p.codebook.size, kCodeWarps)), groups), code_block(32 * kCodeWarps);
   const dim3 row_grid(unsigned(ceil_div(rows, kRowBlock)), groups);
-  launch(nearest_clear_kernel, dim3(unsigned(ceil_div(buckets, 256))), dim3(256), 0, stream, space.bucket, buckets, space.first_code,
-         space.wild_codes, space.open, p.x.groups);
+  launch(nearest_clear_kernel, dim3(unsigned(ceil_div(buckets, 256))), dim3(256), 0, stream, space, p.x.groups);
   launch(nearest_codes_kernel, code_grid, code_block, 0, stream, p.codebook, p.metric, space);
   launch(nearest_centre_kernel, dim3(unsigned(ceil_div(p.x.dim, 32)), groups), dim3(32 * kSampledGroups), 0, stream, p.codebook, p.metric, space);
   launch(nearest_pack_kernel, code_grid, code_block, 0, stream, p.codebook, p.metric, e0, space);
   launch(nearest_rows_kernel, row_grid, dim3(kRowBlock), 0, stream, p, space);
-  launch(nearest_screen_kernel, dim3(unsigned(ceil_div(rows, kTile)), unsigned(space.splits), groups), dim3(kScreenThreads), 0, stream, p, e0, space);
+  if (space.steps)
+    screen_on_hopper(p, e0, space, stream);
+  else
+    launch(nearest_screen_kernel, dim3(unsigned(ceil_div(rows, kTile)), unsigned(space.splits), groups), dim3(kScreenThreads), 0, stream, p, e0, space);
   launch(nearest_settle_kernel, row_grid, dim3(kRowBlock), 0, stream, p, e0, space);
   launch(nearest_rescan_kernel, dim3(unsigned(4 * multiprocessors()), groups), dim3(kOpenThreads), 0, stream, p, e0, space);
 }

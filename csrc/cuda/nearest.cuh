@@ -13,8 +13,6 @@
 
 namespace vq {
 
-constexpr float kInfinity = __builtin_huge_valf();
-
 // ---- rows: a warp packs 32 rows for the screen and measures them --------------------------------------------------------------
 
 constexpr int kRowWarps = 4, kRowBlock = 32 * kRowWarps;  // rows per block
@@ -76,26 +74,6 @@ static_assert(kTileDims * kTile == 4 * kScreenThreads, "a thread copies 16 bytes
 
 // Thread (ty, tx) of 16 x 16 owns rows and codes 4 t .. 4 t + 3 and 64 + 4 t .. 64 + 4 t + 3: 16-byte reads without conflicts.
 __device__ __forceinline__ int patch_at(int t, int i) { return 4 * t + i % 4 + 64 * (i / 4); }
-
-struct Top {  // the smallest bound, its code, and the second smallest
-  float best, second;
-  int code;
-  __device__ __forceinline__ void take(float bound, int k) {
-    if (bound < best) {
-      second = best, best = bound, code = k;
-    } else if (bound < second) {
-      second = bound;
-    }
-  }
-  __device__ __forceinline__ void merge(float other_best, float other_second, int other_code) {
-    if (other_best < best || (other_best == best && other_code < code)) {
-      second = best < other_second ? best : other_second;
-      best = other_best, code = other_code;
-    } else {
-      second = other_best < second ? other_best : second;
-    }
-  }
-};
 
 // Bytes: a pair of tiles reads 256 D floats for 128^2 D FMAs: 16 FMAs per byte from L2.
 __global__ void __launch_bounds__(kScreenThreads, 2) nearest_screen_kernel(NearestProblem p, double e0, NearestSpace space) {

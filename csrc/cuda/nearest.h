@@ -32,6 +32,16 @@ struct NearestSpace {
   float* open_limit;         // [G, R] no code whose lower bound lies above this can win
   i64 buckets, padded_dim;
   int splits;
+  // The float16 screen of nearest_hopper.cuh; steps == 0: not used.
+  int* longest;        // [G] largest `length`, as float bits
+  int* code_residual;  // [G] largest |scaled code - its float16|, as float bits
+  u32* code_halves;    // [G, code tiles, steps, 2, 128, 8] float16, as wgmma reads it
+  u32* row_halves;     // [G, row blocks of 64, steps, 128 threads, 4] pairs of float16, as wgmma's registers hold them
+  float* row_error;    // [G, R] bound of the scaled score's error; inf: the row is not screened
+  float* row_bias;     // [G, R] what was added to keep scaled scores positive
+  float* row_scale;    // [G, R] from scaled scores back to scores
+  int* entries;        // [H, G, R, 4 lanes, 2 chains, 2] smallest and second smallest packed group minimum, H = half_splits
+  int steps, half_splits, id_bits;
 };
 
 // The screen takes tiles of 128 rows and 128 codes, 8 components at a time; both are stored tile by tile, component by component,
@@ -51,5 +61,9 @@ struct NearestProblem {
 size_t nearest_space(const NearestProblem& problem, void* memory, NearestSpace* space);
 
 void nearest(const NearestProblem& problem, void* memory, cudaStream_t stream);
+
+// nearest_hopper.cu: sets steps, half_splits and id_bits (steps = 0 where the device or D do not allow it), and runs the screen.
+void plan_hopper(const NearestProblem& problem, NearestSpace* space);
+void screen_on_hopper(const NearestProblem& problem, double e0, const NearestSpace& space, cudaStream_t stream);
 
 }  // namespace vq

@@ -20,6 +20,12 @@ inline int multiprocessors() {
   return count ? std::max(1, std::atoi(count)) : 4;
 }
 
+// VQFAST_EXECUTOR_HOPPER=1: the launchers take the device for one that has wgmma.
+inline bool hopper() {
+  const char* wanted = std::getenv("VQFAST_EXECUTOR_HOPPER");
+  return wanted && std::strcmp(wanted, "1") == 0;
+}
+
 #define VQ_SHARED(Type, name)         \
   static const char name##_key = 0; \
   Type& name = ::vq::exec::block_shared<Type>(&name##_key)
@@ -77,6 +83,11 @@ T atomic_add(T* at, T value) {
 inline int atomic_min(int* at, int value) {
   const int before = *at;
   *at = std::min(before, value);
+  return before;
+}
+inline int atomic_max(int* at, int value) {
+  const int before = *at;
+  *at = std::max(before, value);
   return before;
 }
 

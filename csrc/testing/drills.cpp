@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/common.cuh"
+#include "testing/hopper_cpu.h"
 
 namespace {
 
@@ -208,6 +209,75 @@ int mma() {
   return report(wrong);
 }
 
+// One warpgroup, two steps of 16 components; kArrive = false reads before the copy has landed, kWait = false before the product.
+template <bool kArrive, bool kWait>
+__global__ void wgmma_kernel(const float* a, const uint16_t* b, float* d) {
+  VQ_DYNAMIC_SHARED(shared);
+  auto* barrier = reinterpret_cast<u64*>(shared + 8192);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_done();
+  }
+  sync_threads();
+  if (threadIdx.x == 0) {
+    barrier_expect(barrier, 8192);
+    bulk_copy(shared, b, 4096, barrier);
+    bulk_copy(shared + 4096, b + 2048, 4096, barrier);
+  }
+  if (kArrive) barrier_wait(barrier, 0);
+  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane / 4;
+  float acc[64];
+  wgmma_fence();
+  for (int step = 0; step < 2; ++step) {
+    u32 left[4];
+    for (int i = 0; i < 4; ++i) {
+      const float* at = a + (row + 8 * (i % 2)) * 32 + step * 16 + i / 2 * 8 + lane % 4 * 2;
+      left[i] = u32(f32_to_f16(at[0])) | u32(f32_to_f16(at[1])) << 16;
+    }
+    if (step == 0)
+      wgmma_64x128x16<false>(acc, left, matrix_at(shared));
+    else
+      wgmma_64x128x16<true>(acc, left, matrix_at(shared + 4096));
+  }
+  wgmma_commit();
+  if (kWait) wgmma_wait<0>(acc);
+  for (int i = 0; i < 64; ++i) d[(row + 8 * (i / 2 % 2)) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = acc[i];
+  wgmma_wait<0>(acc);
+}
+template <bool kArrive, bool kWait>
+int wgmma() {
+  std::vector<float> a(64 * 32), b(128 * 32), d(64 * 128, NAN);
+  auto* packed = static_cast<uint16_t*>(std::aligned_alloc(16, 8192));
+  for (size_t i = 0; i < a.size(); ++i) a[i] = float(int(i * 7 % 11) - 5);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = float(int(i * 5 % 13) - 6);
+  for (int c = 0; c < 128; ++c)  // blocks of 8 columns x 8 components, as matrix_at says
+    for (int k = 0; k < 32; ++k) packed[k / 16 * 2048 + k % 16 / 8 * 1024 + c / 8 * 64 + c % 8 * 8 + k % 8] = f32_to_f16(b[c * 32 + k]);
+  launch(wgmma_kernel<kArrive, kWait>, dim3(1), dim3(128), 8192 + 8, nullptr, (const float*)a.data(), (const uint16_t*)packed, d.data());
+  long wrong = 0;
+  for (int r = 0; r < 64; ++r)
+    for (int c = 0; c < 128; ++c) {
+      float sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[r * 32 + k] * b[c * 32 + k];
+      wrong += d[r * 128 + c] != sum;
+    }
+  std::free(packed);
+  return report(wrong);
+}
+
+// A barrier that nobody will ever complete.
+__global__ void lost_barrier_kernel(int) {
+  VQ_DYNAMIC_SHARED(shared);
+  auto* barrier = reinterpret_cast<u64*>(shared);
+  if (threadIdx.x == 0) barrier_init(barrier, 2);
+  sync_threads();
+  if (threadIdx.x == 0) barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+}
+int lost_barrier() {
+  launch(lost_barrier_kernel, dim3(1), dim3(32), 8, nullptr, 0);
+  return report(0);
+}
+
 // Every float16 value survives the way to float32 and back; float32 values round to the nearest, ties to even.
 int conversions() {
   long wrong = 0;
@@ -244,6 +314,10 @@ int main(int argc, char** argv) {
   if (name == "missing_copy_wait") return copies<false>();
   if (name == "mma_f16") return mma<false>();
   if (name == "mma_tf32") return mma<true>();
+  if (name == "wgmma") return wgmma<true, true>();
+  if (name == "missing_copy_barrier") return wgmma<false, true>();
+  if (name == "missing_wgmma_wait") return wgmma<true, false>();
+  if (name == "lost_barrier") return lost_barrier();
   if (name == "conversions") return conversions();
   std::fprintf(stderr, "drills: unknown name '%s'\n", name.c_str());
   return 2;

@@ -25,7 +25,10 @@ ARCHS = ("80", "90a")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{CSRC}"]
 
 # kernel -> (instruction that marks its hot loop, what one thread gets done per such instruction, unit)
-HOT_LOOPS = {"nearest_screen_kernel": ("FFMA", 1, "multiply-add")}
+HOT_LOOPS = {
+    "nearest_screen_kernel": ("FFMA", 1, "multiply-add"),
+    "nearest_hopper_kernel": ("VIMNMX3", 8 / 3, "score"),  # 3 of them make the minimum of 8 scores, with the certificate's top 2
+}
 
 
 def nvcc() -> list[str] | None:
@@ -61,7 +64,8 @@ def compile_cubin(source: Path, arch: str, target: Path) -> str:
     """
     command = [*nvcc(), *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    # C75..: ptxas gave up on overlapping wgmma, or on the registers that were asked for.
+    if done.returncode or re.search(r"\(C75\d\d\)", done.stdout + done.stderr):
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 

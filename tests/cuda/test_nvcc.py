@@ -61,6 +61,14 @@ def test_hot_loops_spend_their_issue_slots_on_work(fresh, arch):
     assert 1.0 < fresh[f"sm_{arch}"]["nearest_screen_kernel"]["instructions_per_multiply-add"] <= 1.25
 
 
+def test_the_hopper_loop_hides_its_argmin(fresh):
+    """At most 4 instructions per score, the copies' bookkeeping, uniform ones and the certificate's top 2 included."""
+    if not kernel_report.cuobjdump():
+        pytest.skip("cuda: no cuobjdump (CUDA toolkit or triton wheel), so instructions are not counted")
+    shapes = {n: k["instructions_per_score"] for n, k in fresh["sm_90a"].items() if n.startswith("nearest_hopper_kernel")}
+    assert len(shapes) == 3 and all(1.0 < value <= 4.0 for value in shapes.values()), shapes
+
+
 def test_the_gate_sees_growth():
     before = {"a": {"registers": 32, "spill": 0, "instructions_per_score": 3.5}, "gone": {"registers": 1}}
     after = copy.deepcopy(before)

@@ -24,6 +24,12 @@ for build in (cases.lattice, cases.nonfinite_rows_and_codes, cases.huge_code_amo
     nearest(*build())
 nearest(*(t.bfloat16() for t in cases.clustered(33, 40, 7)))
 
+import os
+os.environ["VQFAST_EXECUTOR_HOPPER"] = "1"
+for n, k, dim in ((65, 129, 33), (1, 300, 70)):
+    nearest(*cases.clustered(n, k, dim, seed=n))
+os.environ["VQFAST_EXECUTOR_HOPPER"] = "0"
+
 x, codebook = cases.normal(2, 1, 157, 35, seed=1), cases.normal(1, 513, 35, seed=2)
 x[0, 0, 3, 1] = torch.nan
 mask = torch.ones(2, 157, dtype=torch.bool)
