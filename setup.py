@@ -249,8 +249,7 @@ def choose_libraries(tools: Tools) -> list[str]:
         names.append("vqfast._C")
     else:
         print(NO_BINDINGS, file=sys.stderr)
-    sources = {"vqfast._C_cpu": "register_cpu.cpp", "vqfast._C_cuda": "register_cuda.cpp", "vqfast._C": "bindings.cpp"}
-    return [name for name in names if (CSRC / sources[name]).exists()]
+    return names
 
 
 class BuildNative(build_ext):
