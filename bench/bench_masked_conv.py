@@ -2,8 +2,10 @@
 
     python bench/bench_masked_conv.py [--threads 2] [--batch 4]
 
-Three ways to train the same network: full k x k kernels whose mask is multiplied in each forward (what most repositories do), cropped
-torch kernels with torch's own gate, and this package (cropped kernels, fused gate). Checked first: all three give the same loss and
+Three ways to train the same network: full k x k kernels whose mask is multiplied in each forward (what most
+repositories do), cropped
+torch kernels with torch's own gate, and this package (cropped kernels, fused gate). Checked first: all three give
+the same loss and
 gradient.
 """
 
@@ -27,10 +29,14 @@ from vqfast.ops.masked_conv import cropped_conv, masked_conv2d
 
 
 def machine(threads: int) -> str:
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     run = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(run, capture_output=True, text=True).stdout.strip() or "unknown"
-    return f"{name}, CPU level {_backends.cpu_level()}, {threads} threads, torch {torch.__version__}, vqfast {vqfast.__version__} at {commit}"
+    versions = f"torch {torch.__version__}, vqfast {vqfast.__version__} at {commit}"
+    return f"{name}, CPU level {_backends.cpu_level()}, {threads} threads, {versions}"
 
 
 def plain_gate(x, vector=None, *, kind="tanh", backend=None):
@@ -124,7 +130,9 @@ def main() -> None:
     models = networks()
     check(models, codes)
     print(machine(args.threads))
-    print(f"one training step, GatedPixelCNN 15 layers x 128 channels, batch {args.batch}, {args.size} x {args.size} codes, float32")
+    print(
+        f"one training step, GatedPixelCNN 15 layers x 128 channels, batch {args.batch}, {args.size} x {args.size} codes, float32"
+    )
     print("green: equal losses and gradients\n")
     base = None
     for name, prior in models.items():

@@ -2,8 +2,10 @@
 
     python bench/bench_sample.py [--model gated|snail|pixelcnn] [--size 32] [--batch 1 16] [--threads 2] [--naive]
 
-Checked first: the engine's logits against the network's, and its first tokens against the naive mode (everything recomputed); no
-ratio is printed when they differ. --naive compares a whole map, which takes minutes. The loop is timed on `--positions` positions
+Checked first: the engine's logits against the network's, and its first tokens against the naive mode (everything
+recomputed); no
+ratio is printed when they differ. --naive compares a whole map, which takes minutes. The loop is timed on
+`--positions` positions
 and extrapolated; its forward is the fastest of several ordinary ways to call the same network.
 """
 
@@ -82,7 +84,9 @@ def engine(prior, batch: int, size: int, lookahead: int, repeats: int) -> tuple[
         times.append(time.perf_counter() - begin)
     program, inputs = compile_prior(prior), prior.spatial_inputs(None, batch, size, size)
     tokens = torch.full((batch, size, size), -1)
-    _, evaluated = op.run_program(program.words, program.weights, tokens, seed=repeats, lookahead=lookahead, condition=inputs)
+    _, evaluated = op.run_program(
+        program.words, program.weights, tokens, seed=repeats, lookahead=lookahead, condition=inputs
+    )
     return median(times[1:]), evaluated / (size * size)
 
 
@@ -103,7 +107,9 @@ def main() -> None:
         compared = check(prior, args.size, args.naive)
         print(machine(args.threads))
         weights = sum(p.numel() for p in prior.parameters())
-        print(f"{args.model}, {weights / 1e6:.2f} M weights, {args.size} x {args.size} codes, K = 512, float32, random weights")
+        print(
+            f"{args.model}, {weights / 1e6:.2f} M weights, {args.size} x {args.size} codes, K = 512, float32, random weights"
+        )
         print(f"green: logits match the network, {compared} tokens equal the naive mode's\n")
         print("| batch | ordinary loop (one forward) | lookahead | engine | per token | ratio | evaluated |")
         print("|---|---|---|---|---|---|---|")

@@ -21,7 +21,16 @@ def build(kind=GatedPixelCNN, seed=0, **fields):
     torch.manual_seed(seed)
     small = dict(channels=10, head_channels=16, layers=2, first_kernel_size=3)
     if kind is PixelSNAIL:
-        small = dict(channels=8, blocks=1, layers=1, residual_channels=8, first_kernel_size=3, attention_heads=2, key_channels=4, value_channels=4)
+        small = dict(
+            channels=8,
+            blocks=1,
+            layers=1,
+            residual_channels=8,
+            first_kernel_size=3,
+            attention_heads=2,
+            key_channels=4,
+            value_channels=4,
+        )
     prior = kind(**{**small, "codebook_size": 6, **fields}).eval()
     with torch.no_grad():
         for p in prior.parameters():
@@ -41,9 +50,12 @@ def test_round_trip_and_size():
     assert torch.equal(c.decompress_codes(prior, streams, 8, 9), codes)
     bits = -canonical_logits(prior, codes)[1].sum((1, 2)) / math.log(2)
     for stream, ideal in zip(streams, bits.tolist()):
-        # The range coder's last word is at most 4 bytes longer than it needs to be; probabilities are rounded to 24 bits.
+        # The range coder's last word is at most 4 bytes longer than it needs to be; probabilities are rounded to
+        # 24 bits.
         assert ideal - 1 <= 8 * len(stream) <= ideal + 64
-    assert sum(map(len, streams[:3])) < sum(map(len, streams[3:])) * 3 / 2, "likely maps must cost less than random ones"
+    assert sum(map(len, streams[:3])) < sum(map(len, streams[3:])) * 3 / 2, (
+        "likely maps must cost less than random ones"
+    )
 
 
 def test_hierarchy_round_trip_with_labels():
@@ -69,7 +81,9 @@ def written(tmp_path):
     levels = prior.sample(2, 3, 2, labels=torch.tensor([1, -1]))
     coded = c.compress_levels(prior, levels, torch.tensor([1, -1]))
     pictures = [
-        c.CompressedPicture(f"picture {i}.png", 16, 24, label, [(*codes.shape[1:], s) for codes, s in zip(levels, coded[i])])
+        c.CompressedPicture(
+            f"picture {i}.png", 16, 24, label, [(*codes.shape[1:], s) for codes, s in zip(levels, coded[i])]
+        )
         for i, label in enumerate((1, -1))
     ]
     path = tmp_path / "pictures.vqe"

@@ -40,9 +40,12 @@ def name(value):
 
 
 def reach(prior, height, width):
-    """seen[i, j, a, b]: does logit (i, j) depend on the code at (a, b)? By the gradient to the embedded codes, in float64."""
+    """seen[i, j, a, b]: does logit (i, j) depend on the code at (a, b)? By the gradient to the embedded codes, in
+    float64."""
     prior = prior.double()
-    x = torch.randn(1, prior.config.channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        1, prior.config.channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     seen = torch.zeros(height, width, height, width, dtype=torch.bool)
     for i, j in itertools.product(range(height), range(width)):
         leaf = x.clone().requires_grad_()
@@ -52,7 +55,7 @@ def reach(prior, height, width):
     return seen
 
 
-# ---- causality -----------------------------------------------------------------------------------------------------
+# ---- causality ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
@@ -97,7 +100,7 @@ def test_small_maps(kind, size):
     assert logits.shape == (2, 4, *size) and logits.isfinite().all()
 
 
-# ---- blocks against a plain reference ------------------------------------------------------------------------------
+# ---- blocks against a plain reference ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("include_center", [False, True])
@@ -112,7 +115,8 @@ def test_causal_conv_equals_a_masked_convolution(include_center):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_gated_layer_equals_full_masked_kernels(first):
-    """Eq. 4 and figure 2 of the paper, written with k x k kernels whose masked part is zero, class and condition included."""
+    """Eq. 4 and figure 2 of the paper, written with k x k kernels whose masked part is zero, class and condition
+    included."""
     torch.manual_seed(2)
     c, k = 3, 3
     layer = GatedLayer(c, k, first, classes=5, condition_channels=2).double()
@@ -155,7 +159,7 @@ def test_attention_equals_its_formula():
     torch.testing.assert_close(got.flatten(2), expected, rtol=1e-12, atol=1e-12)
 
 
-# ---- likelihood ----------------------------------------------------------------------------------------------------
+# ---- likelihood --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
@@ -205,7 +209,7 @@ def test_training_lowers_the_loss_below_the_entropy_of_single_codes():
     assert loss < 0.5 * math.log(4), "every single code is uniform, but five of six follow from their neighbour"
 
 
-# ---- conditioning, errors ------------------------------------------------------------------------------------------
+# ---- conditioning, errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
@@ -238,7 +242,9 @@ def test_label_and_condition_matter_and_no_label_is_zeros(kind):
 def test_errors(change, error, says):
     prior = build(GatedPixelCNN, classes=3, condition_codes=5, condition_channels=6)
     good = dict(
-        codes=torch.zeros(1, 4, 4, dtype=torch.int64), labels=torch.tensor([0]), condition=torch.zeros(1, 2, 2, dtype=torch.int64)
+        codes=torch.zeros(1, 4, 4, dtype=torch.int64),
+        labels=torch.tensor([0]),
+        condition=torch.zeros(1, 2, 2, dtype=torch.int64),
     )
     with pytest.raises(error, match=says):
         prior(**{**good, **change})
@@ -268,13 +274,15 @@ def test_saved_and_loaded_priors_are_equal(kind, tmp_path):
     assert torch.equal(loaded(codes, labels), prior(codes, labels))
 
 
-# ---- the papers' sizes ---------------------------------------------------------------------------------------------
+# ---- the papers' sizes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", [*PIXELCNN_PRESETS, *PIXELSNAIL_PRESETS])
 def test_presets_build_and_run_on_the_meta_device(preset):
     config = {**PIXELCNN_PRESETS, **PIXELSNAIL_PRESETS}[preset]
-    kind = {"PixelCNNConfig": PixelCNN, "GatedPixelCNNConfig": GatedPixelCNN, "PixelSNAILConfig": PixelSNAIL}[type(config).__name__]
+    kind = {"PixelCNNConfig": PixelCNN, "GatedPixelCNNConfig": GatedPixelCNN, "PixelSNAILConfig": PixelSNAIL}[
+        type(config).__name__
+    ]
     with torch.device("meta"):
         prior = kind(config)
         codes = torch.zeros(1, 32, 32, dtype=torch.int64)
@@ -293,12 +301,19 @@ def test_parameter_count_of_the_gated_pixelcnn():
         assert sum(p.numel() for p in GatedPixelCNN().parameters()) == expected
 
 
-# ---- VQ-VAE-2 ------------------------------------------------------------------------------------------------------
+# ---- VQ-VAE-2 ----------------------------------------------------------------------------------------------
 
 
 def small_vqvae2(levels=3, **fields):
     torch.manual_seed(4)
-    settings = dict(hidden=8, residual_hidden=4, residual_layers=1, stages=1, dims=(3, 4, 5)[:levels], codebook_sizes=(6, 7, 8)[:levels])
+    settings = dict(
+        hidden=8,
+        residual_hidden=4,
+        residual_layers=1,
+        stages=1,
+        dims=(3, 4, 5)[:levels],
+        codebook_sizes=(6, 7, 8)[:levels],
+    )
     return VQVAE2(**{**settings, **fields})
 
 
@@ -314,7 +329,10 @@ def test_vqvae2_codes_decode_to_what_forward_reconstructs():
     torch.testing.assert_close(model.decode(codes), out.reconstruction, rtol=1e-4, atol=1e-5)
     total = out.reconstruction_loss + sum(level.loss for level in out.levels)
     torch.testing.assert_close(out.loss, total)
-    assert abs(model.bits_per_pixel() - sum(c[0].numel() * math.log2(k) for c, k in zip(codes, (6, 7, 8))) / (16 * 24)) < 1e-9
+    assert (
+        abs(model.bits_per_pixel() - sum(c[0].numel() * math.log2(k) for c, k in zip(codes, (6, 7, 8))) / (16 * 24))
+        < 1e-9
+    )
 
 
 def test_vqvae2_finer_levels_see_the_coarser_ones():
@@ -371,7 +389,9 @@ def test_vqvae2_presets_have_the_papers_shapes(preset, size, shapes):
 
 def test_bits_of_whole_pictures_add_the_priors_bits_to_the_likelihoods():
     x = torch.rand(2, 3, 16, 16) - 0.5
-    one = VQVAE(hidden=8, residual_hidden=4, residual_layers=1, dim=4, codebook_size=6, likelihood="discretized_logistic").eval()
+    one = VQVAE(
+        hidden=8, residual_hidden=4, residual_layers=1, dim=4, codebook_size=6, likelihood="discretized_logistic"
+    ).eval()
     prior = build(GatedPixelCNN, codebook_size=6)
     got = image_bits_per_dim(one, prior, x)
     wanted = -prior.log_prob(*one.encode(x)).mean() / math.log(2) / (3 * 16 * 16)

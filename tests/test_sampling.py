@@ -1,4 +1,5 @@
-"""Sampling: one arithmetic on every backend and in every mode, the network's distribution, and programs that cannot do harm."""
+"""Sampling: one arithmetic on every backend and in every mode, the network's distribution, and programs that
+cannot do harm."""
 
 import ctypes
 import functools
@@ -36,7 +37,7 @@ KINDS = list(TINY)
 K, COUNT, HEIGHT, WIDTH = 11, 2, 4, 6
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(kind, **fields):
     torch.manual_seed(KINDS.index(kind))
     settings = dict(codebook_size=K, classes=3, condition_codes=7, condition_channels=9, condition_layers=1)
@@ -64,7 +65,7 @@ def draw(prior, count=COUNT, height=HEIGHT, width=WIDTH, **options):
     return sample_codes(prior, count, height, width, **{**inputs(prior, count, height, width), "seed": 3, **options})
 
 
-# ---- the emulated fused multiply-add -------------------------------------------------------------------------------
+# ---- the emulated fused multiply-add -----------------------------------------------------------------------
 
 
 def test_emulated_fma_rounds_once():
@@ -72,7 +73,9 @@ def test_emulated_fma_rounds_once():
     x, y = torch.randn(2, 4000, generator=generator)
     scale = 2.0 ** torch.randint(-30, 31, (4000,), generator=generator)
     # Half of the addends nearly cancel the product, where a second rounding would show.
-    z = torch.where(torch.arange(4000) % 2 == 0, -(x * y) * (1 + torch.randn(4000, generator=generator) * 2.0**-20), scale)
+    z = torch.where(
+        torch.arange(4000) % 2 == 0, -(x * y) * (1 + torch.randn(4000, generator=generator) * 2.0**-20), scale
+    )
     got = reference_sample.fma(x, y, z)
     for a, b, c, result in zip(x.tolist(), y.tolist(), z.tolist(), got):
         exact = Fraction(a) * Fraction(b) + Fraction(c)
@@ -84,10 +87,10 @@ def test_emulated_fma_rounds_once():
             assert result.view(torch.int32).item() % 2 == 0
 
 
-# ---- one arithmetic ------------------------------------------------------------------------------------------------
+# ---- one arithmetic ----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected(kind):
     """Tokens, logits and log-probabilities of the reference backend."""
     return run(kind, "reference")
@@ -113,7 +116,13 @@ def test_every_backend_gives_the_reference_bits(backend, kind):
         same_bits(got, want)
 
 
-OPTIONS = [dict(temperature=0.0), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.6), dict(top_k=4, top_p=0.9, temperature=2.0)]
+OPTIONS = [
+    dict(temperature=0.0),
+    dict(temperature=0.5),
+    dict(top_k=3),
+    dict(top_p=0.6),
+    dict(top_k=4, top_p=0.9, temperature=2.0),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -129,7 +138,7 @@ def test_native_draws_equal_the_reference_draws_under_options(options):
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_same_tokens(kind, mode):
-    """"cached" and "network" are not promised to on near-ties; these small maps have none."""
+    """ "cached" and "network" are not promised to on near-ties; these small maps have none."""
     prior = build(kind)
     same(draw(prior, mode=mode), draw(prior))
 
@@ -204,9 +213,12 @@ def agree(prior, codes, picks):
 def network_bound(prior, codes, picks):
     """How far two float32 evaluations of a GatedPixelCNN may lie apart at the picked logits, to first order.
 
-    Every operation's own rounding error has a bound d, and reaches a logit times its derivative: the sum of |derivative| d over
-    all values of the network. A sum of n products in any order, fused or not, is off by at most (n + 1) u sum |terms|; n counts
-    the whole chain, in which the sampler continues the sum of another convolution. A gate's formula is off by at most 16 u.
+    Every operation's own rounding error has a bound d, and reaches a logit times its derivative: the sum of
+    |derivative| d over
+    all values of the network. A sum of n products in any order, fused or not, is off by at most (n + 1) u sum
+    |terms|; n counts
+    the whole chain, in which the sampler continues the sum of another convolution. A gate's formula is off by at
+    most 16 u.
     """
     probes = []
 
@@ -229,7 +241,9 @@ def network_bound(prior, codes, picks):
         reach, crop = layer.reach, -1 if layer.first else None
         taps = layer.horizontal.weight[0].numel() + layer.vertical_to_horizontal.weight[0].numel()
         vertical = conv(v[:, :, :crop], layer.vertical, (reach, reach, reach, 0))
-        wide = conv(h[..., :crop], layer.horizontal, (reach, 0, 0, 0), taps) + conv(vertical, layer.vertical_to_horizontal, longer=taps)
+        wide = conv(h[..., :crop], layer.horizontal, (reach, 0, 0, 0), taps) + conv(
+            vertical, layer.vertical_to_horizontal, longer=taps
+        )
         out = conv(gate(wide), layer.residual)
         v, h = gate(vertical), out if layer.first else note(out + h, ULP * (out.abs() + h.abs()))
     logits = conv(conv(h.relu(), prior.head.first).relu(), prior.head.second).flatten()
@@ -241,7 +255,7 @@ def network_bound(prior, codes, picks):
     return 2 * 1.01 * torch.stack(bounds)
 
 
-# ---- the distribution ----------------------------------------------------------------------------------------------
+# ---- the distribution --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
@@ -278,7 +292,9 @@ def test_noise_is_gumbel_and_a_pure_function_of_its_counters():
 
 
 def test_logarithm_and_exponential():
-    x = torch.cat([torch.rand(1000, dtype=torch.float64), torch.tensor([2.0**-53, 1 - 2.0**-53, 1.0, 0.5, 36.7, 1e300])])
+    x = torch.cat(
+        [torch.rand(1000, dtype=torch.float64), torch.tensor([2.0**-53, 1 - 2.0**-53, 1.0, 0.5, 36.7, 1e300])]
+    )
     error = (reference_sample.log64(x) - x.log()).abs()
     assert (error <= 4 * 2.0**-52 * x.log().abs() + 2.0**-53).all()
     y = -torch.rand(1000, dtype=torch.float64) * 100
@@ -288,7 +304,9 @@ def test_logarithm_and_exponential():
     assert ((reference_sample.exp32(z).double() - z.double().exp()).abs() <= 4 * ULP * z.double().exp()).all()
 
 
-@pytest.mark.parametrize("options", [dict(top_k=2), dict(top_p=0.5), dict(top_k=3, top_p=0.7), dict(temperature=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(top_k=2), dict(top_p=0.5), dict(top_k=3, top_p=0.7), dict(temperature=0.0)], ids=str
+)
 def test_restricted_draws_stay_in_their_set(options):
     logits = torch.tensor([0.3, 2.0, -1.0, 2.0, 1.0])
     probability = logits.double().softmax(0)
@@ -303,7 +321,7 @@ def test_restricted_draws_stay_in_their_set(options):
     assert drawn == set(kept)
 
 
-# ---- options -------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -391,7 +409,9 @@ def test_malformed_programs_raise():
     assert raised > 2 * len(program.words)
     for length in range(0, len(program.words), 7):
         with pytest.raises((RuntimeError, ValueError), match="malformed"):
-            op.run_program(program.words[:length].clone(), program.weights, tokens.clone(), workspace=workspace, backend="cpu")
+            op.run_program(
+                program.words[:length].clone(), program.weights, tokens.clone(), workspace=workspace, backend="cpu"
+            )
     with pytest.raises((RuntimeError, ValueError), match="workspace holds"):
         op.run_program(program.words, program.weights, tokens.clone(), workspace=workspace[:100], backend="cpu")
     with pytest.raises((RuntimeError, ValueError), match="malformed"):

@@ -1,4 +1,5 @@
-"""What masked_conv and gate mean, in plain torch: a full convolution with a multiplied mask. Any device, float64 included."""
+"""What masked_conv and gate mean, in plain torch: a full convolution with a multiplied mask. Any device, float64
+included."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ TANH, GLU = 0, 1
 def causal_mask(weight: Tensor, include_center: bool, maps: int) -> Tensor:
     """The mask of a weight [Cout, Cin, kh, kw]: 1 before the centre in raster order, 0 after it.
 
-    At the centre, outputs of map g see inputs of map h < g, and of h = g when `include_center`. With one map that is mask A
+    At the centre, outputs of map g see inputs of map h < g, and of h = g when `include_center`. With one map that
+    is mask A
     (centre hidden) or B (centre seen). Channels belong to maps in equal consecutive groups.
     """
     out_channels, in_channels, kh, kw = weight.shape

@@ -1,8 +1,12 @@
-"""What `sample` means, in plain torch: an interpreter of its programs with the canonical arithmetic emulated in float64.
+"""What `sample` means, in plain torch: an interpreter of its programs with the canonical arithmetic emulated in
+float64.
 
-A float32 fused multiply-add is a float64 product (exact), a float64 sum rounded to odd, and one rounding to float32, which is
-the correctly rounded result since 53 >= 24 + 2 bits. So tokens and logits equal those of the native kernels bit for bit, on any
-device, only slowly. With exact=False the same interpreter uses torch's matrix products: the cached path for other devices.
+A float32 fused multiply-add is a float64 product (exact), a float64 sum rounded to odd, and one rounding to
+float32, which is
+the correctly rounded result since 53 >= 24 + 2 bits. So tokens and logits equal those of the native kernels bit
+for bit, on any
+device, only slowly. With exact=False the same interpreter uses torch's matrix products: the cached path for other
+devices.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ DRAW, SCORE = 0, 1
 PANEL = 64
 _NONE, _RELU, _ELU, _GATE, _GLU = range(5)
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------------
+# ---- arithmetic --------------------------------------------------------------------------------------------
 
 
 def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Fast:
         return torch.softmax(keys @ q * scale, 0) @ values
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def token_log_prob(logits: Tensor, token: int) -> float:
     return float((z[token] - top).cpu() - log64(_ascending_sum(exp64(z - top))))
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------
 
 
 class Machine:
@@ -337,14 +341,18 @@ class _Run:
         keys, values = self.views[cache]
         for column in range(c0, c1):
             t = row * self.m.width + column
-            query, new_k, new_v = (self.place(b, row, column, column + 1, heads * n)[0] for b, n in ((q, key), (k, key), (v, value)))
+            query, new_k, new_v = (
+                self.place(b, row, column, column + 1, heads * n)[0] for b, n in ((q, key), (k, key), (v, value))
+            )
             keys[..., t] = new_k.view(-1, heads, key)
             values[:, :, t, :value] = new_v.view(-1, heads, value)
             target = self.place(out, row, column, column + 1, heads * value)[0]
             for b in range(self.m.batch):
                 for h in range(heads):
                     target[b, h * value : (h + 1) * value] = self.arithmetic.attend(
-                        query[b, h * key : (h + 1) * key], keys[b, h, :, : t + 1].T, values[b, h, : t + 1, :value],
+                        query[b, h * key : (h + 1) * key],
+                        keys[b, h, :, : t + 1].T,
+                        values[b, h, : t + 1, :value],
                         float(self.weights[scale]),
                     )
 
@@ -360,8 +368,27 @@ def unpack(packed: Tensor, outputs: int, depth: int, gated: bool) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    workspace, tokens, evaluated, logits, log_prob, program, weights, given, condition, labels, start, stop, mode, lookahead,
-    seed, first_image, temperature, top_k, top_p, threads, arithmetic=Exact,
+    workspace,
+    tokens,
+    evaluated,
+    logits,
+    log_prob,
+    program,
+    weights,
+    given,
+    condition,
+    labels,
+    start,
+    stop,
+    mode,
+    lookahead,
+    seed,
+    first_image,
+    temperature,
+    top_k,
+    top_p,
+    threads,
+    arithmetic=Exact,
 ) -> None:
     """The op; arguments as vqfast.ops.sample.run_program. `lookahead` and `threads` change nothing in the result."""
     batch, height, width = tokens.shape

@@ -42,7 +42,8 @@ def test_equals_the_convolution_with_a_multiplied_mask(backend, shape):
     for mask, maps in masks(shape):
         args = (mask == "B", shape[-1], maps)
         expected = reference.masked_conv(x.double(), weight.double(), bias.double(), *args)
-        # A sum of n products in any order is off by at most (n + 1) u sum |terms|, u half an ulp; bias is one more term.
+        # A sum of n products in any order is off by at most (n + 1) u sum |terms|, u half an ulp; bias is one
+        # more term.
         terms = reference.masked_conv(x.double().abs(), weight.double().abs(), bias.double().abs(), *args)
         n = weight[0].numel() + 1
         got = masked_conv2d(*put(backend, x, weight, bias), mask=mask, dilation=shape[-1], maps=maps, backend=backend)
@@ -76,7 +77,8 @@ def test_masked_weights_are_not_read(backend):
 @pytest.mark.parametrize("mask", "AB")
 @pytest.mark.parametrize("maps", [1, 2])
 def test_causality_by_gradient(backend, mask, maps):
-    """d y[map g, i, j] / d x is zero at and after (i, j) in raster order, up to the mask's own centre rule, and nonzero before."""
+    """d y[map g, i, j] / d x is zero at and after (i, j) in raster order, up to the mask's own centre rule, and
+    nonzero before."""
     x, weight, bias = data((1, 4, 4, 5, 5, 5, 5, 1))
     x, weight, bias = put(backend, x, weight, bias)
     for g, i, j in itertools.product(range(maps), range(5), range(5)):
@@ -94,11 +96,15 @@ def test_causality_by_gradient(backend, mask, maps):
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[6]], ids=str)
 def test_gradcheck(shape):
     for mask, maps in masks(shape):
-        inputs = [t.requires_grad_() for t in data((shape[0], min(shape[1], 6), min(shape[2], 6), *shape[3:]), torch.float64)]
+        inputs = [
+            t.requires_grad_() for t in data((shape[0], min(shape[1], 6), min(shape[2], 6), *shape[3:]), torch.float64)
+        ]
         if inputs[0].shape[1] % maps or inputs[1].shape[0] % maps:
             continue
         torch.autograd.gradcheck(
-            lambda *t, mask=mask, maps=maps: masked_conv2d(*t, mask=mask, dilation=shape[-1], maps=maps), inputs, fast_mode=True
+            lambda *t, mask=mask, maps=maps: masked_conv2d(*t, mask=mask, dilation=shape[-1], maps=maps),
+            inputs,
+            fast_mode=True,
         )
 
 
@@ -127,7 +133,7 @@ def test_same_bits_for_any_batch_split_and_thread_count(set_threads):
     same_bits(torch.cat([masked_conv2d(x[b : b + 1], weight, bias, backend="cpu") for b in range(5)]), whole)
 
 
-# ---- gate ----------------------------------------------------------------------------------------------------------
+# ---- gate --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tanh", "glu"])
@@ -145,7 +151,8 @@ def test_gate_equals_its_formula(backend, kind, with_vector):
         y = gated_activation(leaf, extra, kind=kind, backend=where)
         results.append((y, *torch.autograd.grad(y, [leaf] + [extra] * with_vector, seed.to(y))))
     size = x.abs() + (0 if vector is None else vector.abs()[:, :, None, None])
-    # tanh(a) sigmoid(b) has slopes at most 1: the rounded sum x + vector moves it by ulp * size, the formula itself adds
+    # tanh(a) sigmoid(b) has slopes at most 1: the rounded sum x + vector moves it by ulp * size, the formula
+    # itself adds
     # some ten roundings of numbers at most 1 (glu: at most |a|).
     bound = ULP * (16 + 16 * size.amax())
     for got, expected in zip(results[1], results[0]):
@@ -160,7 +167,7 @@ def test_gate_gradcheck(kind):
     torch.autograd.gradcheck(lambda a, b: gated_activation(a, b, kind=kind), (x, vector))
 
 
-# ---- graphs and errors ---------------------------------------------------------------------------------------------
+# ---- graphs and errors -------------------------------------------------------------------------------------
 
 
 def test_opcheck(backend):

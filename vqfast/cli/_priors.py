@@ -1,4 +1,5 @@
-"""Priors in folders, for the commands: `prior.json` says whose codes they model, level-0 (finest), level-1, ... hold them."""
+"""Priors in folders, for the commands: `prior.json` says whose codes they model, level-0 (finest), level-1, ...
+hold them."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from vqfast.models.pixelcnn import GatedPixelCNN, PixelCNN
 from vqfast.models.pixelsnail import PixelSNAIL
 from vqfast.models.pretrained import load_pretrained
 from vqfast.models.priors import CodePrior, HierarchicalPrior
+from vqfast.models.vqvae2 import VQVAE2  # noqa: F401  (load_pretrained knows the models that are defined)
 from vqfast.tokens import model_hash
 from vqfast.train.runs import find_model
 
@@ -26,14 +28,22 @@ def level_folder(folder: Path, level: int) -> Path:
 
 def write_description(folder: Path, model: torch.nn.Module, shapes: list[tuple[int, ...]], classes: list[str]) -> None:
     """`shapes`: rows and columns of each level in training; sampling draws maps of that size unless told otherwise."""
-    settings = {"format": FORMAT, "model": model_hash(model.state_dict()), "shapes": [list(s) for s in shapes], "classes": classes}
+    settings = {
+        "format": FORMAT,
+        "model": model_hash(model.state_dict()),
+        "shapes": [list(s) for s in shapes],
+        "classes": classes,
+    }
     write_atomic(folder / "prior.json", json.dumps(settings, indent=2) + "\n")
 
 
 def read_description(folder: Path) -> dict:
     path = folder / "prior.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no prior (it has no prior.json); make one with: vqfast train-prior MODEL DATA --out {folder}")
+        raise UserError(
+            f"{folder} holds no prior (it has no prior.json);"
+            f" make one with: vqfast train-prior MODEL DATA --out {folder}"
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -48,7 +58,9 @@ def open_both(model_path: str, prior_path: str) -> tuple[torch.nn.Module, CodePr
     model, _, _ = find_model(Path(model_path))
     settings = read_description(Path(prior_path))
     if settings["model"] != model_hash(model.state_dict()):
-        raise UserError(f"the prior in {prior_path} was trained on another model's codes than {model_path}'s; train one for it")
+        raise UserError(
+            f"the prior in {prior_path} was trained on another model's codes than {model_path}'s; train one for it"
+        )
     folders = [level_folder(Path(prior_path), level) / "model" for level in range(len(settings["shapes"]))]
     missing = [str(f) for f in folders if not f.is_dir()]
     if missing:
@@ -63,4 +75,6 @@ def class_number(name: str, classes: list[str]) -> int:
         return classes.index(name)
     if name.isdigit() and int(name) < len(classes):
         return int(name)
-    raise UserError(f"there is no class {name!r}; there are {', '.join(classes) if classes else 'none: this prior was trained without labels'}")
+    raise UserError(
+        f"there is no class {name!r}; there are {', '.join(classes) or 'none: this prior was trained without labels'}"
+    )

@@ -14,7 +14,8 @@ from vqfast.tokens import bits_for, model_hash
 from vqfast.train.evaluate import encode_pictures, same_size_batches
 
 EPILOG = """\
-The codes come back exactly, on any machine; what is lost was lost by the model. Needs constriction: pip install constriction."""
+The codes come back exactly, on any machine; what is lost was lost by the model.
+Needs constriction: pip install constriction."""
 
 
 def add_arguments(parser) -> None:
@@ -28,7 +29,8 @@ def run(args) -> int:
     model, prior, _ = open_both(args.model, args.prior)
     if Path(args.out).is_dir():
         raise UserError(f"{args.out} is a folder; name the file to write")
-    pictures, found, pixels, packed = Pictures(args.pictures, model.config.in_channels), [], 0, 0
+    pictures, found = Pictures(args.pictures, model.config.in_channels), []
+    pixels = packed = payload = 0
     sizes = [quantizer.codebook_size for quantizer in model.quantizers]
     for names, batch in same_size_batches(pictures):
         with torch.no_grad():
@@ -36,6 +38,7 @@ def run(args) -> int:
         coded = compress_levels(prior, levels)
         for place, name in enumerate(names):
             parts = [(*level.shape[1:], stream) for level, stream in zip(levels, coded[place])]
+            payload += 8 * sum(len(stream) for stream in coded[place])
             found.append(CompressedPicture(name, batch.shape[3], batch.shape[2], -1, parts))
         pixels += batch.shape[0] * batch.shape[2] * batch.shape[3]
         packed += sum(level.numel() * bits_for(size) for level, size in zip(levels, sizes))
@@ -44,5 +47,8 @@ def run(args) -> int:
     if not found:
         raise UserError(f"none of the pictures in {args.pictures} can be read; there is no file")
     size = write_compressed(args.out, found, model=model_hash(model.state_dict()), prior=prior)
-    print(f"{args.out}: {len(found)} pictures, {size:,} bytes, {8 * size / pixels:.4f} bits per pixel ({packed / pixels:.4f} without the prior)")
+    print(
+        f"{args.out}: {len(found)} pictures, {size:,} bytes, {8 * size / pixels:.4f} bits per pixel; the codes"
+        f" alone take {payload / pixels:.4f}, without the prior {packed / pixels:.4f}"
+    )
     return 0

@@ -52,4 +52,6 @@ def check_size(model: torch.nn.Module, picture, source: str) -> None:
     height, width = -(-picture.height // stride) * stride, -(-picture.width // stride) * stride
     expected = [tuple(shape) for shape in model.latent_shapes(height, width)] if height and width else []
     if [part[:2] for part in picture.levels] != expected:
-        raise CompressedFileError(f"{source}: {picture.name!r} is {picture.width}x{picture.height}, its codes' shapes do not fit that")
+        raise CompressedFileError(
+            f"{source}: {picture.name!r} is {picture.width}x{picture.height}, its codes' shapes do not fit that"
+        )

@@ -15,7 +15,8 @@ from vqfast.models import float_to_pixels
 from vqfast.models.priors import HierarchicalPrior
 
 EPILOG = """\
-OUT.png gets a sheet of all pictures; a folder gets one PNG each. The same seed gives the same codes on every CPU, whatever the batch."""
+OUT.png gets a sheet of all pictures; a folder gets one PNG each. The same seed gives the same codes on every CPU,
+whatever the batch."""
 
 
 def add_arguments(parser) -> None:
@@ -23,7 +24,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("prior", help="folder that vqfast train-prior wrote")
     parser.add_argument("out", help="a .png for a sheet, or a folder")
     parser.add_argument("--count", type=int, default=16)
-    parser.add_argument("--classes", default="", metavar="A,B,..", help="classes by name or number, in turn (default: all)")
+    parser.add_argument(
+        "--classes", default="", metavar="A,B,..", help="classes by name or number, in turn (default: all)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -56,7 +59,11 @@ def labels_for(args, classes: list[str]) -> Tensor | None:
         if args.classes:
             class_number(args.classes, classes)
         return None
-    wanted = [class_number(name.strip(), classes) for name in args.classes.split(",")] if args.classes else range(len(classes))
+    wanted = (
+        [class_number(name.strip(), classes) for name in args.classes.split(",")]
+        if args.classes
+        else range(len(classes))
+    )
     wanted = list(wanted)
     return torch.tensor([wanted[i % len(wanted)] for i in range(args.count)])
 

@@ -24,19 +24,23 @@ from vqfast.train.runs import find_model
 from vqfast.train.sources import open_sources
 
 EPILOG = """\
-The pictures are encoded once; then each level of codes gets its own prior, the coarsest first, each finer one conditioned on the
-level above it. A run that was stopped goes on with the same command and --resume, to the same bits."""
+The pictures are encoded once; then each level of codes gets its own prior, the coarsest first, each finer one
+conditioned on the level above it. A run that was stopped goes on with the same command and --resume, to the same bits."""
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", help="the model whose codes are to be modelled")
-    parser.add_argument("data", help="a folder of pictures, or photographs, cifar10 or mnist (the last two with labels)")
+    parser.add_argument(
+        "data", help="a folder of pictures, or photographs, cifar10 or mnist (the last two with labels)"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the priors")
     parser.add_argument("--kind", choices=KINDS, default="gated", help="network (default: gated, the Gated PixelCNN)")
     parser.add_argument("--channels", type=int, default=96)
     parser.add_argument("--layers", type=int, default=8, help="layers (snail: residual layers per block)")
     parser.add_argument("--labels", action="store_true", help="condition on the data set's classes (cifar10, mnist)")
-    parser.add_argument("--size", type=int, default=None, help="side of the square crops, pixels (default: as the model was trained)")
+    parser.add_argument(
+        "--size", type=int, default=None, help="side of the square crops, pixels (default: as the model was trained)"
+    )
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps per level")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -52,7 +56,9 @@ def run(args) -> int:
     check(args, out)
     model, config, _ = find_model(Path(args.model))
     if not model.quantizers or getattr(model.config, "groups", 1) != 1:
-        raise UserError(f"{args.model} must be a VQ-VAE or VQ-VAE-2 with one group of codes per level; this one has not")
+        raise UserError(
+            f"{args.model} must be a VQ-VAE or VQ-VAE-2 with one group of codes per level; this one has not"
+        )
     model.to(device)
     size = args.size or (config.data.size if config is not None else 32)
     sources = open_sources(DataConfig(source=args.data, size=size), model.config.in_channels)
@@ -86,11 +92,25 @@ def check(args, out: Path) -> None:
         old, new = json.loads(before.read_text()), settings_of(args)
         changed = [key for key in new if key != "steps" and old.get(key) != new[key]]
         if changed:
-            raise UserError(f"--resume goes on with the same settings, but {', '.join(changed)} differ from those in {before}")
+            raise UserError(
+                f"--resume goes on with the same settings, but {', '.join(changed)} differ from those in {before}"
+            )
 
 
 def settings_of(args) -> dict:
-    keep = ("kind", "channels", "layers", "labels", "size", "steps", "batch_size", "learning_rate", "limit", "seed", "data")
+    keep = (
+        "kind",
+        "channels",
+        "layers",
+        "labels",
+        "size",
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "limit",
+        "seed",
+        "data",
+    )
     return {key: getattr(args, key) for key in keep}
 
 
@@ -148,7 +168,8 @@ def make_prior(args, codebook_size: int, classes: int, above) -> CodePrior:
 
 
 class Batches:
-    """Batch `step` as a pure function of (seed, step): a permutation per epoch, so a resumed run sees what it would have seen."""
+    """Batch `step` as a pure function of (seed, step): a permutation per epoch, so a resumed run sees what it
+    would have seen."""
 
     def __init__(self, levels: list[Tensor], labels: Tensor | None, depth: int, args, device):
         self.codes, self.labels, self.device, self.args = levels[depth], labels, device, args
@@ -166,15 +187,15 @@ class Batches:
 
 
 def train_level(prior: CodePrior, batches: Batches, folder: Path, args) -> None:
-    """Adam; every checkpoint holds weights, optimizer and the step. The noise of dropout is a function of (seed, step) too."""
+    """Adam; every checkpoint holds weights, optimizer and the step. The noise of dropout is a function of (seed,
+    step) too."""
     optimizer = torch.optim.Adam(prior.parameters(), args.learning_rate)
     start, complaints = checkpoints.load_latest(folder / "checkpoints")
     for complaint in complaints:
         print(complaint)
     step = 0
     if start is not None:
-        own = {key.removeprefix("prior."): t for key, t in start.tensors.items() if key.startswith("prior.")}
-        checkpoints.load_model_tensors(prior, own, str(folder))
+        checkpoints.load_model_tensors(prior, start.tensors, str(folder))
         checkpoints.optimizer_from(optimizer, start.tensors, start.meta)
         step = start.meta["step"]
     prior.train()
@@ -202,7 +223,7 @@ def train_level(prior: CodePrior, batches: Batches, folder: Path, args) -> None:
 
 def save(prior: CodePrior, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
     tensors, meta = checkpoints.optimizer_to(optimizer)
-    tensors |= {f"prior.{key}": t for key, t in prior.state_dict().items()}
+    tensors |= {f"model.{key}": t for key, t in prior.state_dict().items()}
     checkpoints.save_checkpoint(folder / "checkpoints", tensors, {**meta, "step": step}, keep=2)
 
 
@@ -210,7 +231,9 @@ def save(prior: CodePrior, optimizer: torch.optim.Optimizer, folder: Path, step:
 def report(prior: CodePrior, batches: Batches, depth: int, codes: Tensor, codebook_size: int, test_name: str) -> None:
     """Held-out bits per code beside what codes cost one by one."""
     parts = [prior.bits_per_code(*batches.rows(index)) for index in torch.arange(len(batches.codes)).split(32)]
-    counts = torch.bincount(codes.flatten(), minlength=codebook_size).double() + 1  # every code may occur among the held-out ones
+    counts = (
+        torch.bincount(codes.flatten(), minlength=codebook_size).double() + 1
+    )  # every code may occur among the held-out ones
     held = torch.bincount(batches.codes.flatten(), minlength=codebook_size).double()
     unigram = -(held / held.sum() * (counts / counts.sum()).log2()).sum().item()
     mean = torch.cat(parts).mean().item()

@@ -1,14 +1,17 @@
 """Lossless compression of codes with a prior's own probabilities, and the file that holds them.
 
-Coder and decoder use the sampler's canonical arithmetic, whose bits are the same on every machine, so what one machine writes
+Coder and decoder use the sampler's canonical arithmetic, whose bits are the same on every machine, so what one
+machine writes
 another can read. The entropy coder is constriction's range coder.
 
 File, all numbers little-endian:
 
     8 bytes 89 'VQE' 0D 0A 1A 0A | u16 version | u32 length | JSON header | u32 CRC-32 of all this
-    per picture   u16 length | name, UTF-8 | u32 width | u32 height | i32 label | per level: u32 rows, u32 columns, u32 length, bytes
+    per picture   u16 length | name, UTF-8 | u32 width | u32 height | i32 label | per level: u32 rows, u32
+    columns, u32 length, bytes
                   | u32 CRC-32 of the picture
-    header        {"model": sha256, "prior": sha256 of every level's program, "coder", "arithmetic", "codebook_sizes", "pictures"}
+    header        {"model": sha256, "prior": sha256 of every level's program, "coder", "arithmetic",
+    "codebook_sizes", "pictures"}
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class CompressedFileError(ValueError):
 
 
 class CompressedPicture(NamedTuple):
-    """One picture of a file: size in pixels, label (-1: none) and the coded levels, finest first, as (rows, columns, bytes)."""
+    """One picture of a file: size in pixels, label (-1: none) and the coded levels, finest first, as (rows,
+    columns, bytes)."""
 
     name: str
     width: int
@@ -51,7 +55,7 @@ class CompressedPicture(NamedTuple):
     levels: list[tuple[int, int, bytes]]
 
 
-# ---- codes <-> bytes -------------------------------------------------------------------------------------------------------
+# ---- codes <-> bytes ---------------------------------------------------------------------------------------
 
 
 def compress_codes(
@@ -80,9 +84,15 @@ def compress_codes(
 
 
 def decompress_codes(
-    prior: CodePrior, streams: Sequence[bytes], height: int, width: int, labels: Tensor | None = None, condition: Tensor | None = None
+    prior: CodePrior,
+    streams: Sequence[bytes],
+    height: int,
+    width: int,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
-    """The inverse of `compress_codes`: [len(streams), height, width] int64. Labels and condition must be the coder's."""
+    """The inverse of `compress_codes`: [len(streams), height, width] int64. Labels and condition must be the
+    coder's."""
     import numpy as np
 
     constriction = _constriction()
@@ -90,7 +100,9 @@ def decompress_codes(
     decoders = []
     for stream in streams:
         if len(stream) % 4:
-            raise CompressedFileError(f"a coded level has {len(stream)} bytes; the coder writes whole words of 4: it was cut")
+            raise CompressedFileError(
+                f"a coded level has {len(stream)} bytes; the coder writes whole words of 4: it was cut"
+            )
         decoders.append(constriction.stream.queue.RangeDecoder(np.frombuffer(stream, "<u4").astype(np.uint32)))
     stepper = Stepper(prior, len(streams), height, width, labels, condition)
     for position, logits in stepper:
@@ -98,7 +110,9 @@ def decompress_codes(
         try:
             codes = [int(decoder.decode(model, table[b : b + 1])[0]) for b, decoder in enumerate(decoders)]
         except (AssertionError, ValueError) as error:
-            raise CompressedFileError(f"the coded bytes at position {position} fit no code ({error}): another prior wrote them") from None
+            raise CompressedFileError(
+                f"the coded bytes at position {position} fit no code ({error}): another prior wrote them"
+            ) from None
         stepper.put(position, torch.tensor(codes))
     return stepper.tokens
 
@@ -114,19 +128,25 @@ def probabilities(logits: Tensor) -> Tensor:
     return e / total[:, None]
 
 
-def compress_levels(prior: CodePrior | HierarchicalPrior, levels: Sequence[Tensor], labels: Tensor | None = None) -> list[list[bytes]]:
+def compress_levels(
+    prior: CodePrior | HierarchicalPrior, levels: Sequence[Tensor], labels: Tensor | None = None
+) -> list[list[bytes]]:
     """Code all levels of some pictures, finest first -> for each picture its levels' byte strings."""
     priors = _levels(prior, len(levels))
     columns = [
-        compress_codes(p, codes, _known(p, labels, len(codes)), above) for p, codes, above in zip(priors, levels, [*levels[1:], None])
+        compress_codes(p, codes, _known(p, labels, len(codes)), above)
+        for p, codes, above in zip(priors, levels, [*levels[1:], None])
     ]
     return [list(row) for row in zip(*columns)]
 
 
 def decompress_levels(
-    prior: CodePrior | HierarchicalPrior, pictures: Sequence[Sequence[tuple[int, int, bytes]]], labels: Tensor | None = None
+    prior: CodePrior | HierarchicalPrior,
+    pictures: Sequence[Sequence[tuple[int, int, bytes]]],
+    labels: Tensor | None = None,
 ) -> list[Tensor]:
-    """The inverse: pictures of one size, each with (rows, columns, bytes) per level, finest first -> codes per level."""
+    """The inverse: pictures of one size, each with (rows, columns, bytes) per level, finest first -> codes per
+    level."""
     priors = _levels(prior, len(pictures[0]))
     found: list[Tensor] = []
     for depth in reversed(range(len(priors))):
@@ -158,7 +178,7 @@ def _constriction():
     return constriction
 
 
-# ---- the file --------------------------------------------------------------------------------------------------------------
+# ---- the file ----------------------------------------------------------------------------------------------
 
 
 def prior_digest(prior: CodePrior | HierarchicalPrior) -> str:
@@ -172,8 +192,11 @@ def prior_digest(prior: CodePrior | HierarchicalPrior) -> str:
     return digest.hexdigest()
 
 
-def write_compressed(path: str | os.PathLike, pictures: Sequence[CompressedPicture], *, model: str, prior: CodePrior | HierarchicalPrior) -> int:
-    """Write a compressed file whole or not at all; returns its size in bytes. `model` is vqfast.tokens.model_hash of the autoencoder."""
+def write_compressed(
+    path: str | os.PathLike, pictures: Sequence[CompressedPicture], *, model: str, prior: CodePrior | HierarchicalPrior
+) -> int:
+    """Write a compressed file whole or not at all; returns its size in bytes. `model` is vqfast.tokens.model_hash
+    of the autoencoder."""
     priors = list(prior.priors) if isinstance(prior, HierarchicalPrior) else [prior]
     header = {
         "model": model, "prior": prior_digest(prior), "coder": CODER, "arithmetic": ARITHMETIC,
@@ -192,7 +215,9 @@ def write_compressed(path: str | os.PathLike, pictures: Sequence[CompressedPictu
     return len(content)
 
 
-def read_compressed(path: str | os.PathLike, *, model: str, prior: CodePrior | HierarchicalPrior) -> list[CompressedPicture]:
+def read_compressed(
+    path: str | os.PathLike, *, model: str, prior: CodePrior | HierarchicalPrior
+) -> list[CompressedPicture]:
     """Read a compressed file that this model and prior wrote.
 
     Raises:
@@ -205,7 +230,9 @@ def read_compressed(path: str | os.PathLike, *, model: str, prior: CodePrior | H
     mine = {"model": model, "prior": prior_digest(prior), "coder": CODER, "arithmetic": ARITHMETIC}
     for key, value in mine.items():
         if header.get(key) != value:
-            raise CompressedFileError(f"{path} was written with {key} {header.get(key)!r}, this is {value!r}; decompress it with the same one.")
+            raise CompressedFileError(
+                f"{path} was written with {key} {header.get(key)!r}, this is {value!r}; decompress it with the same one."
+            )
     count, levels = header.get("pictures"), len(header.get("codebook_sizes", []))
     if not isinstance(count, int) or not levels:
         raise CompressedFileError(f"{path} has a header without pictures or codebook_sizes.")
@@ -231,7 +258,9 @@ class _Reader:
     def checksum(self, begin: int, what: str) -> None:
         body = self.content[begin : self.at]
         if self.unpack("<I")[0] != zlib.crc32(body):
-            raise CompressedFileError(f"{self.path}: {what} does not match its checksum; the file was altered, copy it again.")
+            raise CompressedFileError(
+                f"{self.path}: {what} does not match its checksum; the file was altered, copy it again."
+            )
 
     def header(self) -> dict:
         if self.take(len(MAGIC)) != MAGIC:

@@ -14,7 +14,8 @@ from .program import Program, ProgramBuilder
 
 @dataclasses.dataclass(frozen=True)
 class GatedPixelCNNConfig(PriorConfig):
-    """Args beyond PriorConfig: layers (the first has mask A), kernel_size, first_kernel_size, head_channels of the 1 x 1 head."""
+    """Args beyond PriorConfig: layers (the first has mask A), kernel_size, first_kernel_size, head_channels of
+    the 1 x 1 head."""
 
     layers: int = 15
     kernel_size: int = 3
@@ -64,7 +65,10 @@ def _gated_layer(b: ProgramBuilder, layer: GatedLayer, v: int, h: int, raw: int,
     extra_v, extra_h = [], []
     if layer.condition is not None:
         condition_v, condition_h = layer.condition.weight.chunk(2)
-        extra_v, extra_h = [(b.condition, 0, 0, condition_v[:, :, 0, 0])], [(b.condition, 0, 0, condition_h[:, :, 0, 0])]
+        extra_v, extra_h = (
+            [(b.condition, 0, 0, condition_v[:, :, 0, 0])],
+            [(b.condition, 0, 0, condition_h[:, :, 0, 0])],
+        )
     class_v, class_h = (None, None) if layer.classes is None else layer.classes.weight.chunk(2, dim=1)
     new_v, start, new_h = b.ring(c), b.ring(2 * c), b.ring(c)
     # The first layer's kernel ends at the row above, later ones at the row itself.
@@ -74,7 +78,11 @@ def _gated_layer(b: ProgramBuilder, layer: GatedLayer, v: int, h: int, raw: int,
     b.conv("row", taps, bias=layer.horizontal.bias, classes=class_h, out=start)
     b.conv("pixel", b.taps(h, layer.horizontal.weight, 0, -layer.reach), init=start, epilogue="gate", out=gated)
     b.conv(
-        "pixel", b.taps(gated, layer.residual.weight), bias=layer.residual.bias, out=new_h, residual=None if layer.first else h
+        "pixel",
+        b.taps(gated, layer.residual.weight),
+        bias=layer.residual.bias,
+        out=new_h,
+        residual=None if layer.first else h,
     )
     return new_v, new_h
 
@@ -96,7 +104,7 @@ class Head(nn.Module):
         b.logits(b.taps(hidden, self.second.weight), self.second.bias)
 
 
-# ---- PixelCNN --------------------------------------------------------------------------------------------------------------
+# ---- PixelCNN ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +131,9 @@ class PixelCNN(CodePrior):
         super().__init__(config, **fields)
         c = self.config
         if c.channels % 2:
-            raise ValueError(f"PixelCNNConfig.channels is {c.channels}; the residual blocks halve it, so it must be even.")
+            raise ValueError(
+                f"PixelCNNConfig.channels is {c.channels}; the residual blocks halve it, so it must be even."
+            )
         self._build_inputs()
         self.first = CausalConv2d(c.channels, c.channels, c.first_kernel_size, include_center=False)
         self.blocks = nn.ModuleList(
@@ -180,17 +190,27 @@ class PixelBlock(nn.Module):
         b.conv("pixel", taps, bias=self.narrow.bias, classes=classes, epilogue="relu", out=narrow)
         b.causal(narrow, self.causal, epilogue="relu", out=middle)
         b.conv(
-            "pixel", b.taps(middle, self.widen.weight), bias=self.widen.bias, out=out, residual=x, act=act, act_kind="relu"
+            "pixel",
+            b.taps(middle, self.widen.weight),
+            bias=self.widen.bias,
+            out=out,
+            residual=x,
+            act=act,
+            act_kind="relu",
         )
         return out, act
 
 
 # Sizes as the papers give them; what a paper leaves open (embedding width, head width) is this project's choice.
 PIXELCNN_PRESETS: dict[str, PixelCNNConfig | GatedPixelCNNConfig] = {
-    # 1601.06759, section 5.3, CIFAR-10: 15 blocks of h = 128 over 2 h = 256 channels, 1024 units in the head, over 256 values.
+    # 1601.06759, section 5.3, CIFAR-10: 15 blocks of h = 128 over 2 h = 256 channels, 1024 units in the head,
+    # over 256 values.
     "pixelcnn-cifar10": PixelCNNConfig(codebook_size=256, channels=256, layers=15, head_channels=1024),
     # 1606.05328, section 3.2: conditional ImageNet model, 20 layers of 384 channels, 5 x 5 kernels, 1000 classes.
-    "gated-imagenet": GatedPixelCNNConfig(codebook_size=256, channels=384, layers=20, kernel_size=5, head_channels=1024, classes=1000),
-    # 1711.00937, section 4.2: prior over the 32 x 32 codes of 128 x 128 ImageNet pictures, K = 512; depth is our choice.
+    "gated-imagenet": GatedPixelCNNConfig(
+        codebook_size=256, channels=384, layers=20, kernel_size=5, head_channels=1024, classes=1000
+    ),
+    # 1711.00937, section 4.2: prior over the 32 x 32 codes of 128 x 128 ImageNet pictures, K = 512; depth is our
+    # choice.
     "vqvae-imagenet128": GatedPixelCNNConfig(codebook_size=512, channels=128, layers=15, classes=1000),
 }

@@ -17,8 +17,10 @@ from .program import Program, ProgramBuilder
 class PixelSNAILConfig(PriorConfig):
     """Args beyond PriorConfig.
 
-    blocks: each is `layers` gated residual blocks, then attention. layers: per block. attention_heads: 0 for no attention.
-    key_channels, value_channels: per head. residual_channels: inner width of a residual block. kernel_size, first_kernel_size:
+    blocks: each is `layers` gated residual blocks, then attention. layers: per block. attention_heads: 0 for no
+    attention.
+    key_channels, value_channels: per head. residual_channels: inner width of a residual block. kernel_size,
+    first_kernel_size:
     odd. output_layers: 1 x 1 residual blocks before the logits. dropout: in residual blocks and on attention weights.
     """
 
@@ -39,7 +41,8 @@ class PixelSNAIL(CodePrior):
 
     Every layer is one causal stream, so there is no blind spot: masks B reach left in the row and all columns above.
 
-    Source: Chen et al. 2017 (1712.09763); the layout with top and bottom priors: Razavi et al. 2019 (1906.00446), section 3.2.
+    Source: Chen et al. 2017 (1712.09763); the layout with top and bottom priors: Razavi et al. 2019 (1906.00446),
+    section 3.2.
     """
 
     config_class = PixelSNAILConfig
@@ -103,11 +106,15 @@ class SnailBlock(nn.Module):
         )
         self.attention = self.merge = None
         if c.attention_heads:
-            self.attention = CausalAttention(c.channels, c.channels, c.attention_heads, c.key_channels, c.value_channels, c.dropout)
+            self.attention = CausalAttention(
+                c.channels, c.channels, c.attention_heads, c.key_channels, c.value_channels, c.dropout
+            )
             width = c.attention_heads * c.value_channels
             self.merge = GatedResidual(c.channels, c.residual_channels, 1, aux=width, dropout=c.dropout)
 
-    def forward(self, x: Tensor, codes: Tensor, place: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, codes: Tensor, place: Tensor, labels: Tensor | None, condition: Tensor | None
+    ) -> Tensor:
         for layer in self.layers:
             x = layer(x, None, labels, condition)
         return x if self.attention is None else self.merge(x, self.attention(x, codes, place))
@@ -122,7 +129,9 @@ class SnailBlock(nn.Module):
         for layer, seen in ((a.query, (x, b.condition)), (a.key, (x, previous, b.condition)), (a.value, (x, previous))):
             parts = layer.weight.split([sources[s] for s in seen], dim=1)
             projected.append(b.ring(layer.out_channels))
-            b.conv("pixel", [tap for s, w in zip(seen, parts) for tap in b.taps(s, w)], bias=layer.bias, out=projected[-1])
+            b.conv(
+                "pixel", [tap for s, w in zip(seen, parts) for tap in b.taps(s, w)], bias=layer.bias, out=projected[-1]
+            )
         attended = b.attend(*projected, a.heads)
         return emit_residual(b, self.merge, x, active, aux=attended)
 
@@ -141,33 +150,78 @@ def emit_residual(
         taps = b.taps(b.condition, F.pad(layer.condition.weight.detach(), (0, 0, 0, 0, place, 0))) + taps
     classes = None if layer.classes is None else layer.classes.weight
     b.conv(
-        "pixel", taps, bias=layer.narrow.bias, classes=classes, epilogue="glu", out=out, residual=x, act=act, act_kind="elu"
+        "pixel",
+        taps,
+        bias=layer.narrow.bias,
+        classes=classes,
+        epilogue="glu",
+        out=out,
+        residual=x,
+        act=act,
+        act_kind="elu",
     )
     return out, act
 
 
-# Sizes of Razavi et al. 2019, table of the appendix (hidden, residual, layers, attention layers, heads, filter, dropout, output
+# Sizes of Razavi et al. 2019, table of the appendix (hidden, residual, layers, attention layers, heads, filter,
+# dropout, output
 # and conditioning stacks). Attention comes after every layers / attention layers residual layers.
 _IMAGENET = dict(codebook_size=512, channels=512, kernel_size=5, classes=1000, dropout=0.1)
 _FFHQ = dict(codebook_size=512, channels=512, kernel_size=5)
 PIXELSNAIL_PRESETS: dict[str, PixelSNAILConfig] = {
     "imagenet256-top": PixelSNAILConfig(
-        **_IMAGENET, residual_channels=2048, blocks=4, layers=5, attention_heads=8, key_channels=64, value_channels=64, output_layers=20
+        **_IMAGENET,
+        residual_channels=2048,
+        blocks=4,
+        layers=5,
+        attention_heads=8,
+        key_channels=64,
+        value_channels=64,
+        output_layers=20,
     ),
     "imagenet256-bottom": PixelSNAILConfig(
-        **_IMAGENET, residual_channels=1024, blocks=1, layers=20, attention_heads=0, condition_codes=512, condition_layers=20,
+        **_IMAGENET,
+        residual_channels=1024,
+        blocks=1,
+        layers=20,
+        attention_heads=0,
+        condition_codes=512,
+        condition_layers=20,
         condition_channels=512,
     ),
     "ffhq1024-top": PixelSNAILConfig(
-        **_FFHQ, residual_channels=2048, blocks=4, layers=5, attention_heads=8, key_channels=64, value_channels=64,
-        output_layers=20, dropout=0.5,
+        **_FFHQ,
+        residual_channels=2048,
+        blocks=4,
+        layers=5,
+        attention_heads=8,
+        key_channels=64,
+        value_channels=64,
+        output_layers=20,
+        dropout=0.5,
     ),
     "ffhq1024-middle": PixelSNAILConfig(
-        **_FFHQ, residual_channels=1024, blocks=1, layers=20, attention_heads=8, key_channels=64, value_channels=64,
-        condition_codes=512, condition_layers=8, condition_channels=512, dropout=0.3,
+        **_FFHQ,
+        residual_channels=1024,
+        blocks=1,
+        layers=20,
+        attention_heads=8,
+        key_channels=64,
+        value_channels=64,
+        condition_codes=512,
+        condition_layers=8,
+        condition_channels=512,
+        dropout=0.3,
     ),
     "ffhq1024-bottom": PixelSNAILConfig(
-        **_FFHQ, residual_channels=1024, blocks=1, layers=10, attention_heads=0, condition_codes=512, condition_layers=8,
-        condition_channels=512, dropout=0.25,
+        **_FFHQ,
+        residual_channels=1024,
+        blocks=1,
+        layers=10,
+        attention_heads=0,
+        condition_codes=512,
+        condition_layers=8,
+        condition_channels=512,
+        dropout=0.25,
     ),
 }

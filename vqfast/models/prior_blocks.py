@@ -47,7 +47,8 @@ def pad_left(x: Tensor, reach: int, include_center: bool) -> Tensor:
 class GatedLayer(nn.Module):
     """One layer of the Gated PixelCNN: a vertical stack without blind spot that feeds a horizontal one.
 
-        v' = W_v * v + e_v        out_v = gate(v')              W_v sees rows above, and the row itself after the first layer:
+        v' = W_v * v + e_v        out_v = gate(v')              W_v sees rows above, and the row itself after the
+        first layer:
         h' = W_h * h + W_vh v' + e_h    out_h = W_r gate(h') + h      v at row i never depends on codes of row i
 
     e = bias + class embedding + 1 x 1 convolution of the spatial condition, for each stack its own.
@@ -98,7 +99,15 @@ class GatedResidual(nn.Module):
     """
 
     def __init__(
-        self, channels: int, hidden: int, kernel_size: int, *, aux: int = 0, classes: int = 0, condition: int = 0, dropout: float = 0.0
+        self,
+        channels: int,
+        hidden: int,
+        kernel_size: int,
+        *,
+        aux: int = 0,
+        classes: int = 0,
+        condition: int = 0,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.widen = CausalConv2d(channels, hidden, kernel_size)
@@ -110,7 +119,9 @@ class GatedResidual(nn.Module):
         if classes:
             nn.init.normal_(self.classes.weight, std=0.02)
 
-    def forward(self, x: Tensor, aux: Tensor | None = None, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, aux: Tensor | None = None, label: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         y = self.widen(F.elu(x))
         if self.aux is not None:
             y = y + self.aux(aux)
@@ -123,15 +134,23 @@ class GatedResidual(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head attention of each position to itself and all before it in raster order.
 
-    Keys and values also see the code just before their position, wherever it stands, so that attention reaches every earlier
-    code, even at the far end of the row above. Queries and keys see the position ((i - H/2) / H, (j - W/2) / W). All of that is
+    Keys and values also see the code just before their position, wherever it stands, so that attention reaches
+    every earlier
+    code, even at the far end of the row above. Queries and keys see the position ((i - H/2) / H, (j - W/2) / W).
+    All of that is
     known before the code at the position is, so attending to itself is causal, and the softmax is never empty.
 
     Shapes: x [B, C, H, W], codes [B, Ce, H, W] (embedded), place [B, 2, H, W] -> [B, heads * value_channels, H, W].
     """
 
     def __init__(
-        self, channels: int, code_channels: int, heads: int, key_channels: int, value_channels: int, dropout: float = 0.0
+        self,
+        channels: int,
+        code_channels: int,
+        heads: int,
+        key_channels: int,
+        value_channels: int,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.heads, self.key_channels, self.value_channels, self.dropout = heads, key_channels, value_channels, dropout

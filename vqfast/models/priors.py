@@ -1,4 +1,5 @@
-"""What every prior over codes shares: likelihood, bits, sampling; and the hierarchy of priors over the levels of a VQ-VAE-2."""
+"""What every prior over codes shares: likelihood, bits, sampling; and the hierarchy of priors over the levels of
+a VQ-VAE-2."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .prior_blocks import ConditionStack
 from .pretrained import PretrainedModel
+from .prior_blocks import ConditionStack
 from .vqvae import BitsPerDim
 
 
@@ -41,9 +42,13 @@ class PriorConfig:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
             if field.type in ("int", int) and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{type(self).__name__}.{field.name} is {value!r}; it must be an integer of at least {least}.")
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} is {value!r}; it must be an integer of at least {least}."
+                )
             if field.name.endswith("kernel_size") and value % 2 == 0:
-                raise ValueError(f"{type(self).__name__}.{field.name} is {value}; a causal kernel has a centre, so it must be odd.")
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} is {value}; a causal kernel has a centre, so it must be odd."
+                )
             if field.name == "dropout" and not 0 <= value < 1:
                 raise ValueError(f"{type(self).__name__}.dropout is {value!r}; it must be in [0, 1).")
 
@@ -64,7 +69,9 @@ class CodePrior(PretrainedModel):
         self.embedding = nn.Embedding(c.codebook_size, c.channels)
         self.condition_stack = None
         if c.condition_codes:
-            self.condition_stack = ConditionStack(c.condition_codes, c.condition_channels, c.condition_layers, c.condition_scale)
+            self.condition_stack = ConditionStack(
+                c.condition_codes, c.condition_channels, c.condition_layers, c.condition_scale
+            )
 
     @property
     def _condition_channels(self) -> int:
@@ -97,7 +104,8 @@ class CodePrior(PretrainedModel):
         return None if condition is None else self.condition_stack(condition)
 
     def spatial_inputs(self, features: Tensor | None, count: int, height: int, width: int) -> Tensor | None:
-        """What the sampler's program reads at each position: [B, H, W, channels] float32, or None. features as above."""
+        """What the sampler's program reads at each position: [B, H, W, channels] float32, or None. features as
+        above."""
         return None if features is None else features.detach().float().movedim(1, -1).contiguous()
 
     # ---- likelihood ----
@@ -108,7 +116,8 @@ class CodePrior(PretrainedModel):
 
     @torch.no_grad()
     def log_prob(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """Exact log p(codes | labels, condition) in nats: the sum over all positions. Shapes as `forward` -> [B] float64."""
+        """Exact log p(codes | labels, condition) in nats: the sum over all positions. Shapes as `forward` -> [B]
+        float64."""
         return -_cross_entropy(self(codes, labels, condition).double(), codes).sum((1, 2))
 
     def bits_per_code(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -136,13 +145,21 @@ class CodePrior(PretrainedModel):
         batch, height, width = codes.shape
         _check_range("codes", codes, 0, c.codebook_size)
         if bool(c.classes) != (labels is not None):
-            raise ValueError(f"this {name} has {c.classes} classes: labels must be {'given (-1 for none)' if c.classes else 'None'}.")
+            raise ValueError(
+                f"this {name} has {c.classes} classes: labels must be {'given (-1 for none)' if c.classes else 'None'}."
+            )
         if labels is not None:
             if labels.shape != (batch,) or labels.dtype != torch.int64:
-                raise ValueError(f"labels are {list(labels.shape)} {labels.dtype}; {batch} pictures need [{batch}] int64.")
+                raise ValueError(
+                    f"labels are {list(labels.shape)} {labels.dtype}; {batch} pictures need [{batch}] int64."
+                )
             _check_range("labels", labels, -1, c.classes)
         if bool(c.condition_codes) != (condition is not None):
-            what = f"codes of the level above, [B, H / {c.condition_scale}, W / {c.condition_scale}]" if c.condition_codes else "None"
+            what = (
+                f"codes of the level above, [B, H / {c.condition_scale}, W / {c.condition_scale}]"
+                if c.condition_codes
+                else "None"
+            )
             raise ValueError(f"this {name} needs condition = {what}.")
         if condition is not None:
             expected = (batch, height // c.condition_scale, width // c.condition_scale)
@@ -171,7 +188,8 @@ def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
 class HierarchicalPrior(nn.Module):
     """p(top) p(next | top) ... p(bottom | the level above it): one prior per level, in the model's order, finest first.
 
-    Each prior but the coarsest is conditioned on the codes of the level above. The priors are trained separately, each on
+    Each prior but the coarsest is conditioned on the codes of the level above. The priors are trained separately,
+    each on
     true codes, and used together here.
 
     Source: Razavi et al. 2019 (1906.00446), section 3.2.
@@ -187,7 +205,9 @@ class HierarchicalPrior(nn.Module):
                     f" = {below.config.condition_codes}; they must be equal, priors given finest level first."
                 )
         if not priors or priors[-1].config.condition_codes:
-            raise ValueError("the last prior is the coarsest level's, which has none above it: its condition_codes must be 0.")
+            raise ValueError(
+                "the last prior is the coarsest level's, which has none above it: its condition_codes must be 0."
+            )
 
     def log_prob(self, levels: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """Exact log p of all levels in nats. Shapes: levels finest first, each [B, H, W] -> [B] float64."""
@@ -199,11 +219,13 @@ class HierarchicalPrior(nn.Module):
         )
 
     def bits_per_dim(self, levels: Sequence[Tensor], dims: int, labels: Tensor | None = None) -> Tensor:
-        """Bits that the codes of a picture cost, per each of its `dims` = channels * height * width values. -> [B] float64."""
+        """Bits that the codes of a picture cost, per each of its `dims` = channels * height * width values. ->
+        [B] float64."""
         return -self.log_prob(levels, labels) / (math.log(2) * dims)
 
     def sample(self, count: int, height: int, width: int, **options) -> list[Tensor]:
-        """Draw all levels, finest first; height and width are the coarsest level's. Options as `sample_codes`; each level has its own noise."""
+        """Draw all levels, finest first; height and width are the coarsest level's. Options as `sample_codes`;
+        each level has its own noise."""
         labels, seed = options.pop("labels", None), options.pop("seed", 0)
         levels: list[Tensor] = []
         for depth, prior in enumerate(reversed(self.priors)):
@@ -211,7 +233,9 @@ class HierarchicalPrior(nn.Module):
             height, width = height * scale, width * scale
             above = levels[0] if levels else None
             known = labels if prior.config.classes else None
-            codes = prior.sample(count, height, width, condition=above, labels=known, seed=seed + depth * _LEVEL_SEED, **options)
+            codes = prior.sample(
+                count, height, width, condition=above, labels=known, seed=seed + depth * _LEVEL_SEED, **options
+            )
             levels.insert(0, codes)
         return levels
 
@@ -219,7 +243,9 @@ class HierarchicalPrior(nn.Module):
 _LEVEL_SEED = 0x9E3779B9
 
 
-def image_bits_per_dim(model, prior: CodePrior | HierarchicalPrior, x: Tensor, labels: Tensor | None = None, scale: float | None = None):
+def image_bits_per_dim(
+    model, prior: CodePrior | HierarchicalPrior, x: Tensor, labels: Tensor | None = None, scale: float | None = None
+):
     """The bound -log2 p(x | codes) - log2 p(codes) per picture dimension, with a learned prior over the codes.
 
     Args:
@@ -233,6 +259,8 @@ def image_bits_per_dim(model, prior: CodePrior | HierarchicalPrior, x: Tensor, l
     """
     reconstruction = model.bits_per_dim(x, scale).reconstruction
     levels = model.encode(x)
-    log_prob = prior.log_prob(levels, labels) if isinstance(prior, HierarchicalPrior) else prior.log_prob(*levels, labels)
+    log_prob = (
+        prior.log_prob(levels, labels) if isinstance(prior, HierarchicalPrior) else prior.log_prob(*levels, labels)
+    )
     latents = -log_prob.mean().to(reconstruction) / (math.log(2) * x[0].numel())
     return BitsPerDim(reconstruction + latents, reconstruction, latents)

@@ -1,6 +1,7 @@
 """A network as a program of the incremental sampler: which sums go by rows, which by positions, over which buffers.
 
-The words are those of `vqfast/ops/sample.py`. Weights are packed [panel][tap, channel][64 outputs], in the order in which a
+The words are those of `vqfast/ops/sample.py`. Weights are packed [panel][tap, channel][64 outputs], in the order
+in which a
 chain of multiply-adds consumes them; a gated panel holds 32 outputs and the 32 that gate them.
 """
 
@@ -84,14 +85,16 @@ class ProgramBuilder:
         return self._reserve(tensor.numel(), lambda out: out.copy_(tensor.detach().reshape(-1)))
 
     def _reserve(self, size: int, fill: Callable[[Tensor], object]) -> int:
-        """Offset of `size` floats, aligned to 16, that `finish` lets `fill` write: a large network is copied once only."""
+        """Offset of `size` floats, aligned to 16, that `finish` lets `fill` write: a large network is copied once
+        only."""
         offset = self._size
         self._fills.append((offset, size, fill))
         self._size += size + -size % 16
         return offset
 
     def taps(self, buffer: int, weight: Tensor, top: int = 0, left: int = 0) -> list[Tap]:
-        """Taps of a torch kernel [outputs, channels, kh, kw] in raster order, its corner at (top, left) from the position."""
+        """Taps of a torch kernel [outputs, channels, kh, kw] in raster order, its corner at (top, left) from the
+        position."""
         kh, kw = weight.shape[2:]
         return [(buffer, top + i, left + j, weight[:, :, i, j]) for i in range(kh) for j in range(kw)]
 
@@ -110,9 +113,19 @@ class ProgramBuilder:
         return out
 
     def conv(
-        self, phase: str, taps: list[Tap], *, bias: Tensor | None = None, init: int | None = None, classes: Tensor | None = None,
-        epilogue: str = "none", out: int | None = None, raw: int | None = None, residual: int | None = None,
-        act: int | None = None, act_kind: str = "relu",
+        self,
+        phase: str,
+        taps: list[Tap],
+        *,
+        bias: Tensor | None = None,
+        init: int | None = None,
+        classes: Tensor | None = None,
+        epilogue: str = "none",
+        out: int | None = None,
+        raw: int | None = None,
+        residual: int | None = None,
+        act: int | None = None,
+        act_kind: str = "relu",
     ) -> None:
         """out = epilogue(start + sum over taps) (+ residual); start is bias (+ class row), or the buffer `init`.
 
@@ -127,7 +140,17 @@ class ProgramBuilder:
         gated, weights = epilogue in ("gate", "glu"), [tap[3].detach() for tap in taps]
         packed = self._reserve(packed_size(weights, gated), lambda flat: pack(weights, gated, flat))
         optional = [-1 if buffer is None else buffer for buffer in (out, raw, residual, act)]
-        code = [words.CONV, _PHASES[phase], outputs, _EPILOGUES[epilogue], *start, table, packed, *optional, _EPILOGUES[act_kind]]
+        code = [
+            words.CONV,
+            _PHASES[phase],
+            outputs,
+            _EPILOGUES[epilogue],
+            *start,
+            table,
+            packed,
+            *optional,
+            _EPILOGUES[act_kind],
+        ]
         code.append(len(taps))
         for buffer, dy, dx, weight in taps:
             code += [buffer, dy, dx, weight.shape[1]]
@@ -142,7 +165,9 @@ class ProgramBuilder:
         if layer.above is None:
             return self.conv("pixel", rest, bias=layer.row.bias, **options)
         start = self.ring(layer.row.out_channels)
-        self.conv("row", self.taps(buffer, layer.above.weight, -layer.reach, -layer.reach), bias=layer.row.bias, out=start)
+        self.conv(
+            "row", self.taps(buffer, layer.above.weight, -layer.reach, -layer.reach), bias=layer.row.bias, out=start
+        )
         return self.conv("pixel", rest, init=start, **options)
 
     def relu_of(self, buffer: int) -> int:

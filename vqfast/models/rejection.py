@@ -1,6 +1,8 @@
-"""Classifier-based rejection sampling: draw more pictures than needed, keep those that a classifier finds most like their class.
+"""Classifier-based rejection sampling: draw more pictures than needed, keep those that a classifier finds most
+like their class.
 
-Source: Razavi et al. 2019 (1906.00446), section 3.3. The paper scores a sample by the probability that a classifier trained on
+Source: Razavi et al. 2019 (1906.00446), section 3.3. The paper scores a sample by the probability that a
+classifier trained on
 reconstructions gives to the class it was drawn for; keeping fewer trades diversity for accuracy.
 """
 
@@ -60,10 +62,13 @@ class PictureClassifier(PretrainedModel):
         return self.head(self.features(x))
 
 
-def train_classifier(classifier: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], learning_rate: float = 1e-3) -> float:
+def train_classifier(
+    classifier: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], learning_rate: float = 1e-3
+) -> float:
     """One Adam step per batch of (pictures, labels); returns the accuracy over the last tenth of the batches.
 
-    For rejection, the pictures should be reconstructions (`model(x).reconstruction`): a classifier trained on them judges
+    For rejection, the pictures should be reconstructions (`model(x).reconstruction`): a classifier trained on
+    them judges
     samples by what the decoder can draw, not by what it cannot.
     """
     classifier.train()
@@ -112,7 +117,8 @@ def rejection_sample(
     """One picture per label, each the best by the classifier of a class's pool of ceil(n / fraction) candidates.
 
     Args:
-        draw: draw(labels [n], first_image) -> pictures [n, C, H, W]; first_image counts the pictures drawn before, for the noise.
+        draw: draw(labels [n], first_image) -> pictures [n, C, H, W]; first_image counts the pictures drawn
+        before, for the noise.
         classifier: pictures -> logits.
         labels: [B] classes wanted; each class draws its own pool.
         fraction: of the candidates that are kept.
@@ -139,11 +145,12 @@ def rejection_sample(
     return torch.stack(pictures), scores
 
 
-# ---- accuracy against diversity --------------------------------------------------------------------------------------------
+# ---- accuracy against diversity ----------------------------------------------------------------------------
 
 
 class CurvePoint(NamedTuple):
-    """fraction kept; accuracy: share that the judge assigns to their class; diversity: see `accuracy_diversity_curve`."""
+    """fraction kept; accuracy: share that the judge assigns to their class; diversity: see
+    `accuracy_diversity_curve`."""
 
     fraction: float
     kept: int
@@ -152,19 +159,25 @@ class CurvePoint(NamedTuple):
 
 
 def accuracy_diversity_curve(
-    scores: Tensor, labels: Tensor, correct: Tensor, features: Tensor, fractions: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.1)
+    scores: Tensor,
+    labels: Tensor,
+    correct: Tensor,
+    features: Tensor,
+    fractions: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.1),
 ) -> list[CurvePoint]:
     """What keeping fewer samples does.
 
     Args:
         scores: [B] from `class_scores`, of the classifier that rejects.
         labels: [B] classes the samples were drawn for.
-        correct: [B] bool, whether a judge assigns the sample to its class; a second classifier makes a fairer judge than the first.
+        correct: [B] bool, whether a judge assigns the sample to its class; a second classifier makes a fairer
+        judge than the first.
         features: [B, F] of the samples.
         fractions: to evaluate.
 
     Returns:
-        One point per fraction. diversity is the mean distance between the features of two kept samples of one class, over the
+        One point per fraction. diversity is the mean distance between the features of two kept samples of one
+        class, over the
         same mean for all samples: 1 when nothing is lost.
     """
     whole = _spread(features, labels)

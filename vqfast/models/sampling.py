@@ -1,4 +1,5 @@
-"""Drawing codes from a prior: each position computed once, in one canonical arithmetic, so every mode gives the same tokens."""
+"""Drawing codes from a prior: each position computed once, in one canonical arithmetic, so every mode gives the
+same tokens."""
 
 from __future__ import annotations
 
@@ -51,22 +52,29 @@ def sample_codes(
 ) -> Tensor:
     """Draw maps of codes from a prior.
 
-    The token at a position is the argmax of logit / temperature + noise, where the noise is a hash of (seed, first_image + b,
-    position, code). So the tokens do not depend on batch_size, lookahead, threads or SIMD level, nor on the mode, except that
+    The token at a position is the argmax of logit / temperature + noise, where the noise is a hash of (seed,
+    first_image + b,
+    position, code). So the tokens do not depend on batch_size, lookahead, threads or SIMD level, nor on the mode,
+    except that
     "cached" and "network" use torch's arithmetic, which may decide near-ties differently.
 
-    **Shapes**: labels [count], condition [count, height / scale, width / scale], given [count, height, width] -> [count, height, width].
+    **Shapes**: labels [count], condition [count, height / scale, width / scale], given [count, height, width] ->
+    [count, height, width].
 
     Args:
         prior: any prior of this package; its training mode does not matter (dropout is never applied).
         labels, condition: as the prior's forward.
-        given: codes to keep, -1 where one is to be drawn (inpainting in raster order: a drawn code knows the codes before it).
+        given: codes to keep, -1 where one is to be drawn (inpainting in raster order: a drawn code knows the
+        codes before it).
         temperature: 0 takes the likeliest code each time.
-        top_k: draw from the k likeliest codes only. top_p: from the fewest codes that hold this probability (after top_k).
-        lookahead: columns evaluated at one time on guesses; a wrong guess is evaluated again, so the tokens stay. None: what a
+        top_k: draw from the k likeliest codes only. top_p: from the fewest codes that hold this probability
+        (after top_k).
+        lookahead: columns evaluated at one time on guesses; a wrong guess is evaluated again, so the tokens stay.
+        None: what a
             pass over the weights does not pay for anyway (about 6 rows of a small matrix product).
         mode: "incremental" (default on CPU), "naive" (the same arithmetic, everything recomputed for each position, for
-            checks), "cached" (default elsewhere: each position once, torch's arithmetic), "network" (the ordinary loop).
+            checks), "cached" (default elsewhere: each position once, torch's arithmetic), "network" (the ordinary
+            loop).
         batch_size: maps computed together.
         progress: show a bar (needs tqdm).
 
@@ -91,13 +99,26 @@ def sample_codes(
         for begin in range(0, count, batch_size):
             part = slice(begin, min(count, begin + batch_size))
             of = lambda t: None if t is None else t[part]  # noqa: E731
-            job = _Job(prior, program, tokens[part], of(labels), of(condition), first_image + begin, options, lookahead, advance)
+            job = _Job(
+                prior,
+                program,
+                tokens[part],
+                of(labels),
+                of(condition),
+                first_image + begin,
+                options,
+                lookahead,
+                advance,
+            )
             run(job)
     return tokens
 
 
-def canonical_logits(prior: CodePrior, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and log-probabilities of given codes in the sampler's arithmetic: the numbers that sampling and coding use.
+def canonical_logits(
+    prior: CodePrior, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits and log-probabilities of given codes in the sampler's arithmetic: the numbers that sampling and
+    coding use.
 
     **Shapes**: codes [B, H, W] -> logits [B, H, W, K] float32, log_prob [B, H, W] float64 (nats).
     """
@@ -107,8 +128,14 @@ def canonical_logits(prior: CodePrior, codes: Tensor, labels: Tensor | None = No
     log_prob = torch.empty(codes.shape, dtype=torch.float64)
     inputs = canonical_inputs(prior, condition, *codes.shape)
     op.run_program(
-        program.words, program.weights, codes.contiguous().clone(), logits=logits, log_prob=log_prob, condition=inputs,
-        labels=_contiguous(labels), mode=op.SCORE,
+        program.words,
+        program.weights,
+        codes.contiguous().clone(),
+        logits=logits,
+        log_prob=log_prob,
+        condition=inputs,
+        labels=_contiguous(labels),
+        mode=op.SCORE,
     )
     return logits, log_prob
 
@@ -122,7 +149,15 @@ class Stepper:
         ...     stepper.put(position, codes_of(logits))
     """
 
-    def __init__(self, prior: CodePrior, count: int, height: int, width: int, labels: Tensor | None = None, condition: Tensor | None = None):
+    def __init__(
+        self,
+        prior: CodePrior,
+        count: int,
+        height: int,
+        width: int,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+    ):
         self.tokens = torch.full((count, height, width), -1, dtype=torch.int64)
         prior.check(self.tokens.clamp_min(0), labels, condition)
         self._program = compile_prior(prior)
@@ -134,8 +169,16 @@ class Stepper:
         _, height, width = self.tokens.shape
         for position in range(height * width):
             workspace, _ = op.run_program(
-                self._program.words, self._program.weights, self.tokens, workspace=workspace, logits=self._logits,
-                condition=self._inputs, labels=self._labels, start=position, stop=position + 1, temperature=0.0,
+                self._program.words,
+                self._program.weights,
+                self.tokens,
+                workspace=workspace,
+                logits=self._logits,
+                condition=self._inputs,
+                labels=self._labels,
+                start=position,
+                stop=position + 1,
+                temperature=0.0,
             )
             yield position, self._logits[:, position // width, position % width]
 
@@ -144,7 +187,7 @@ class Stepper:
         self.tokens[:, position // width, position % width] = codes
 
 
-# ---- modes -----------------------------------------------------------------------------------------------------------------
+# ---- modes -------------------------------------------------------------------------------------------------
 
 
 class _Job:
@@ -174,9 +217,18 @@ def _incremental(job: _Job) -> None:
     # One call per row shows progress and can be interrupted; it costs a few dozen microseconds.
     for row in range(height):
         workspace, _ = op.run_program(
-            job.program.words, job.program.weights, job.tokens, workspace=workspace, given=job.given, condition=inputs,
-            labels=job.labels, start=row * width, stop=(row + 1) * width, lookahead=job.lookahead,
-            first_image=job.first_image, **job.options,
+            job.program.words,
+            job.program.weights,
+            job.tokens,
+            workspace=workspace,
+            given=job.given,
+            condition=inputs,
+            labels=job.labels,
+            start=row * width,
+            stop=(row + 1) * width,
+            lookahead=job.lookahead,
+            first_image=job.first_image,
+            **job.options,
         )
         job.advance(count)
 
@@ -188,8 +240,14 @@ def _naive(job: _Job) -> None:
         for column in range(width):
             logits = torch.empty(count, height, width, job.program.codebook_size)
             op.run_program(
-                job.program.words, job.program.weights, job.tokens.clamp_min(0), logits=logits, condition=inputs,
-                labels=job.labels, stop=(row + 1) * width, mode=op.SCORE,
+                job.program.words,
+                job.program.weights,
+                job.tokens.clamp_min(0),
+                logits=logits,
+                condition=inputs,
+                labels=job.labels,
+                stop=(row + 1) * width,
+                mode=op.SCORE,
             )
             for image in range(count):
                 job.draw(logits[image, row, column], image, row, column)
@@ -205,9 +263,27 @@ def _cached(job: _Job) -> None:
     o = job.options
     for row in range(height):
         reference_sample.sample(
-            workspace, job.tokens, torch.zeros(1, dtype=torch.int64), None, None, job.program.words, job.program.weights, job.given,
-            inputs, job.labels, row * width, (row + 1) * width, op.DRAW, 1, o["seed"], job.first_image, o["temperature"],
-            o["top_k"], o["top_p"], 1, arithmetic=reference_sample.Fast,
+            workspace,
+            job.tokens,
+            torch.zeros(1, dtype=torch.int64),
+            None,
+            None,
+            job.program.words,
+            job.program.weights,
+            job.given,
+            inputs,
+            job.labels,
+            row * width,
+            (row + 1) * width,
+            op.DRAW,
+            1,
+            o["seed"],
+            job.first_image,
+            o["temperature"],
+            o["top_k"],
+            o["top_p"],
+            1,
+            arithmetic=reference_sample.Fast,
         )
         job.advance(count)
 
@@ -225,7 +301,7 @@ def _network(job: _Job) -> None:
     job.prior.train(training)
 
 
-# ---- the condition in canonical arithmetic ---------------------------------------------------------------------------------
+# ---- the condition in canonical arithmetic -----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -253,7 +329,8 @@ def _native(x: Tensor) -> bool:
 
 
 def _canonical_conv(x: Tensor, conv: torch.nn.Conv2d) -> Tensor:
-    """A 3 x 3 convolution that sees all sides, as a causal one: its rows become the rows above a position two rows lower."""
+    """A 3 x 3 convolution that sees all sides, as a causal one: its rows become the rows above a position two
+    rows lower."""
     weight, bias = conv.weight.float(), conv.bias.float()
     height, width = x.shape[2:]
     if not _native(x):
@@ -272,14 +349,16 @@ def _canonical_glu(x: Tensor) -> Tensor:
     return reference_sample.glu_exact(*x.chunk(2, dim=1))
 
 
-# ---- small things ----------------------------------------------------------------------------------------------------------
+# ---- small things ------------------------------------------------------------------------------------------
 
 
 def _start_tokens(prior: CodePrior, given: Tensor | None, count: int, height: int, width: int, device) -> Tensor:
     if given is None:
         return torch.full((count, height, width), -1, dtype=torch.int64, device=device)
     if tuple(given.shape) != (count, height, width) or given.dtype != torch.int64:
-        raise ValueError(f"given is {list(given.shape)} {given.dtype}; it must be [{count}, {height}, {width}] int64, -1 where unknown.")
+        raise ValueError(
+            f"given is {list(given.shape)} {given.dtype}; it must be [{count}, {height}, {width}] int64, -1 where unknown."
+        )
     if given.numel() and (given.min() < -1 or given.max() >= prior.config.codebook_size):
         raise ValueError(f"given codes must be -1 or in 0..{prior.config.codebook_size - 1}.")
     return given.to(device).contiguous().clone()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class VQVAE2Config:
 
     Attributes:
         in_channels, hidden, residual_hidden, residual_layers: as `VQVAEConfig`.
-        stages: the finest level is 2**stages times smaller than the picture; each coarser one is half of the one below it.
+        stages: the finest level is 2**stages times smaller than the picture; each coarser one is half of the one
+        below it.
         dims: channels D of each level's latents; as many levels as entries.
         codebook_sizes: K of each level.
         quantizer, commitment_weight, metric, decay, eps, rule, revive_below, auto_update: of every level's quantizer.
@@ -58,7 +60,9 @@ class VQVAE2Config:
 
     def level(self, index: int) -> VQVAEConfig:
         """The settings of one level as those of a one-level model; checks them."""
-        shared = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("dims", "codebook_sizes")}
+        shared = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("dims", "codebook_sizes")
+        }
         return VQVAEConfig(**shared, dim=self.dims[index], codebook_size=self.codebook_sizes[index])
 
 
@@ -67,7 +71,8 @@ class VQVAE2(PretrainedModel):
 
         h_0 = encoder_0(x), h_i = encoder_i(h_{i-1})                       each half as large as the one before
         q_top = quantize(W h_top);  q_i = quantize(W [h_i, decoder_{i+1}([q_{i+1}, coarser ones enlarged])])
-        reconstruction = decoder_0([q_0, coarser ones enlarged]);  loss = reconstruction_loss + sum of the levels' losses
+        reconstruction = decoder_0([q_0, coarser ones enlarged]);  loss = reconstruction_loss + sum of the levels'
+        losses
 
     Shapes:
         x: [B, in_channels, H, W] in [-0.5, 0.5], H and W multiples of `stride`.
@@ -138,7 +143,8 @@ class VQVAE2(PretrainedModel):
         return features
 
     def _descend(self, features: Sequence[Tensor] | None, quantize) -> Tensor:
-        """From the coarsest level to the picture; quantize(index, z) gives a level's codes (z is None without features)."""
+        """From the coarsest level to the picture; quantize(index, z) gives a level's codes (z is None without
+        features)."""
         above = decoded = None
         for index in reversed(range(len(self.encoders))):
             z = None
@@ -171,7 +177,8 @@ class VQVAE2(PretrainedModel):
             [B, in_channels, H, W] float, not clamped; `float_to_pixels` makes 8-bit pictures of it.
 
         Raises:
-            ValueError: wrong number of levels, or sizes that do not halve from level to level. IndexError: an index outside its codebook.
+            ValueError: wrong number of levels, or sizes that do not halve from level to level. IndexError: an
+            index outside its codebook.
         """
         return self.likelihood.mean(self._decode(indices))
 
@@ -182,12 +189,15 @@ class VQVAE2(PretrainedModel):
         for fine, coarse in zip(levels, levels[1:]):
             if fine.shape[0] != coarse.shape[0] or any(f != 2 * c for f, c in zip(fine.shape[1:], coarse.shape[1:])):
                 shapes = [list(level.shape) for level in levels]
-                raise ValueError(f"indices have shapes {shapes}; each level must be half of the one before it, finest first")
+                raise ValueError(
+                    f"indices have shapes {shapes}; each level must be half of the one before it, finest first"
+                )
         return self._descend(None, lambda index, z: self.quantizers_[index].decode(levels[index]))
 
     @torch.no_grad()
     def sample(self, count: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures of codes drawn from the uniform prior that the model is trained under; see `HierarchicalPrior` for a better one.
+        """Pictures of codes drawn from the uniform prior that the model is trained under; see `HierarchicalPrior`
+        for a better one.
 
         Args:
             count, height, width: of the pictures, in pixels.
@@ -213,7 +223,8 @@ class VQVAE2(PretrainedModel):
 
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, scale: float | None = None) -> BitsPerDim:
-        """The bound -log2 p(x | codes) - log2 p(codes) per dimension, p(codes) uniform; arguments and errors as `VQVAE.bits_per_dim`."""
+        """The bound -log2 p(x | codes) - log2 p(codes) per dimension, p(codes) uniform; arguments and errors as
+        `VQVAE.bits_per_dim`."""
         reconstruction = self.likelihood.bits(self._decode(self.encode(x)), x, scale)
         latents = reconstruction.new_tensor(self.bits_per_pixel() / self.config.in_channels)
         return BitsPerDim(reconstruction + latents, reconstruction, latents)

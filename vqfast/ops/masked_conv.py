@@ -1,4 +1,5 @@
-"""masked_conv: causal convolutions that multiply only unmasked taps, and the fused gate of the autoregressive networks."""
+"""masked_conv: causal convolutions that multiply only unmasked taps, and the fused gate of the autoregressive
+networks."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from vqfast.ops import _shapes
 
 GATES = {"tanh": reference.TANH, "glu": reference.GLU}
 
-# ---- unmasked rectangles ---------------------------------------------------------------------------------------------------
+# ---- unmasked rectangles -----------------------------------------------------------------------------------
 #
 #     x x x x x      the rows above the centre: one rectangle, kernel [kh // 2, kw]
 #     x x x x x
@@ -151,7 +152,8 @@ def masked_conv2d(
         x: float16, bfloat16, float32 or float64.
         weight: full-size kernel, same dtype; its masked entries are not read and get gradient zero.
         bias: same dtype, or None.
-        mask: "A" hides the centre, "B" shows it. With several maps only the centre's own map is meant: map g always sees
+        mask: "A" hides the centre, "B" shows it. With several maps only the centre's own map is meant: map g
+        always sees
             the earlier maps h < g of its own position.
         dilation: distance between taps.
         maps: code maps whose channels stand in equal consecutive groups, in the order in which they are generated.
@@ -164,7 +166,8 @@ def masked_conv2d(
         ValueError, TypeError: rank, channels, kernel size, mask, dtype or device do not fit.
 
     Gradient: to x, weight and bias; torch's convolutions over the unmasked rectangles.
-    Numerics: the cpu backend sums each output in one float32 chain of fused multiply-adds over (tap, channel) ascending.
+    Numerics: the cpu backend sums each output in one float32 chain of fused multiply-adds over (tap, channel)
+    ascending.
     Source: van den Oord et al. 2016 (1601.06759, section 3; 1606.05328, section 2.3).
     """
     _check(x, weight, bias, mask, dilation, maps)
@@ -197,16 +200,20 @@ def _check(x, weight, bias, mask, dilation, maps) -> None:
     if mask not in ("A", "B"):
         raise ValueError(f'mask is {mask!r}; use "A" (centre hidden, first layer) or "B" (centre seen, later layers).')
     if dilation < 1 or maps < 1 or weight.shape[0] % maps or weight.shape[1] % maps:
-        raise ValueError(f"{both}, dilation {dilation}, maps {maps}: both must be at least 1, and maps must divide Cin and Cout.")
+        raise ValueError(
+            f"{both}, dilation {dilation}, maps {maps}: both must be at least 1, and maps must divide Cin and Cout."
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"weight is {_shapes.describe(weight)}, bias is {_shapes.describe(bias)}: bias must be [Cout].")
+        raise ValueError(
+            f"weight is {_shapes.describe(weight)}, bias is {_shapes.describe(bias)}: bias must be [Cout]."
+        )
     if not x.is_floating_point() or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         raise TypeError(f"{both}: x, weight and bias must share one floating dtype; cast one of them.")
     if any(t is not None and t.device != x.device for t in (weight, bias)):
         raise ValueError(f"{both}: all must be on one device.")
 
 
-# ---- gate ------------------------------------------------------------------------------------------------------------------
+# ---- gate --------------------------------------------------------------------------------------------------
 
 
 def _gate_fake(x, vector, kind):
@@ -263,7 +270,9 @@ class Gate(torch.autograd.Function):
         return *_gate_backward(ctx, grad), None
 
 
-def gated_activation(x: Tensor, vector: Tensor | None = None, *, kind: str = "tanh", backend: str | None = None) -> Tensor:
+def gated_activation(
+    x: Tensor, vector: Tensor | None = None, *, kind: str = "tanh", backend: str | None = None
+) -> Tensor:
     """tanh(a) * sigmoid(b), or a * sigmoid(b), where (a, b) are the halves of x + vector along the channels.
 
     **Shapes**: x [B, 2 C, H, W], vector [B, 2 C] (a bias per picture, from its class for example) -> [B, C, H, W].
@@ -285,7 +294,9 @@ def gated_activation(x: Tensor, vector: Tensor | None = None, *, kind: str = "ta
     """
     if x.dim() != 4 or x.shape[1] % 2 or (vector is not None and vector.shape != x.shape[:2]):
         shape = "None" if vector is None else _shapes.describe(vector)
-        raise ValueError(f"x is {_shapes.describe(x)}, vector is {shape}: they must be [B, 2 C, H, W] and [B, 2 C] or None.")
+        raise ValueError(
+            f"x is {_shapes.describe(x)}, vector is {shape}: they must be [B, 2 C, H, W] and [B, 2 C] or None."
+        )
     if kind not in GATES:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(GATES)}.")
     chosen = _choose(backend, x)

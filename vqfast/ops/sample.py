@@ -3,17 +3,22 @@
 The network is a program of int64 words (built by `vqfast.models.program`):
 
     VERSION, buffers, instructions, codebook_size, logits buffer, classes, condition channels
-    per buffer        kind, channels, rows, left, right              kind 0: a ring of rows with zero margins left and right
+    per buffer        kind, channels, rows, left, right              kind 0: a ring of rows with zero margins left
+    and right
                       1, heads, key channels, value channels, 0      kind 1: an attention cache of the whole map
-    EMBED, phase, channels, table, out                               phase 0: the row above; 1: the columns before the range
-    PREVIOUS, 1, channels, table, out                                the code just before in raster order, zeros at the start
+    EMBED, phase, channels, table, out                               phase 0: the row above; 1: the columns before
+    the range
+    PREVIOUS, 1, channels, table, out                                the code just before in raster order, zeros
+    at the start
     CONDITION, 0, out
     CONV, phase, outputs, epilogue, start kind, start, class table, weights, out, raw, residual, act, act kind,
           taps, then per tap: buffer, dy, dx, channels               start kind 0: offset of a bias, 1: a buffer
     ATTEND, 1, heads, key, value, q, k, v, out, cache, scale
 
-Phase 0 runs once per row for all its columns and reads rows above; phase 1 runs once per position. table, start, class table,
-weights and scale are offsets into the float32 weights; -1 means absent. epilogue: 0 none, 1 relu, 2 elu, 3 tanh(a) sigmoid(b),
+Phase 0 runs once per row for all its columns and reads rows above; phase 1 runs once per position. table, start,
+class table,
+weights and scale are offsets into the float32 weights; -1 means absent. epilogue: 0 none, 1 relu, 2 elu, 3
+tanh(a) sigmoid(b),
 4 a sigmoid(b).
 """
 
@@ -29,9 +34,9 @@ __all__ = ["ATTEND", "CONDITION", "CONV", "DRAW", "EMBED", "PANEL", "PREVIOUS", 
 
 _border.define(
     "sample_",
-    "(Tensor(a!) workspace, Tensor(b!) tokens, Tensor(c!) evaluated, Tensor(d!)? logits, Tensor(e!)? log_prob, Tensor program,"
-    " Tensor weights, Tensor? given, Tensor? condition, Tensor? labels, int start, int stop, int mode, int lookahead, int seed,"
-    " int first_image, float temperature, int top_k, float top_p, int threads) -> ()",
+    "(Tensor(a!) workspace, Tensor(b!) tokens, Tensor(c!) evaluated, Tensor(d!)? logits, Tensor(e!)? log_prob,"
+    " Tensor program, Tensor weights, Tensor? given, Tensor? condition, Tensor? labels, int start, int stop, int mode,"
+    " int lookahead, int seed, int first_image, float temperature, int top_k, float top_p, int threads) -> ()",
     family="sample",
     reference=reference_sample.sample,
     fake=lambda *args: None,
@@ -69,7 +74,8 @@ def run_program(
         program, weights: see the module's first lines.
         tokens: codes; read where given or before `start`, else written. -1 is allowed where a token is drawn.
         workspace: state between calls that continue one another; made when None (then start must be 0).
-        logits, log_prob: where to write the canonical logits, and the log-probability of each token under the untempered model.
+        logits, log_prob: where to write the canonical logits, and the log-probability of each token under the
+        untempered model.
         given: True keeps the token that is there. In mode SCORE all tokens are kept.
         mode: DRAW, or SCORE: whole rows at a time, nothing drawn.
         lookahead: columns evaluated at one time on guesses (exact: wrong guesses are evaluated again). 1: no guesses.
@@ -87,20 +93,40 @@ def run_program(
         raise ValueError(f"tokens must be contiguous [B, H, W] int64, got {list(tokens_shape)} {tokens.dtype}.")
     if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or lookahead < 1:
         raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}, lookahead {lookahead}: they must satisfy temperature >= 0,"
-            " top_k >= 0, 0 < top_p <= 1, lookahead >= 1."
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}, lookahead {lookahead}: they must satisfy"
+            " temperature >= 0, top_k >= 0, 0 < top_p <= 1, lookahead >= 1."
         )
     if workspace is None:
         if start:
-            raise ValueError(f"start is {start}: a call that does not begin the map needs the workspace of the call before it.")
+            raise ValueError(
+                f"start is {start}: a call that does not begin the map needs the workspace of the call before it."
+            )
         # Not filled here: the first call clears it, each thread its own share.
         workspace = torch.empty(workspace_size(program, *tokens_shape), dtype=torch.float32, device=weights.device)
     chosen = _backends.choose("sample", backend, weights)
     evaluated = torch.zeros(1, dtype=torch.int64, device=tokens.device)
     stop = tokens_shape[1] * tokens_shape[2] if stop is None else stop
     _border.call("sample_", chosen)(
-        workspace, tokens, evaluated, logits, log_prob, program, weights, given, condition, labels, start, stop, mode,
-        lookahead, seed, first_image, float(temperature), top_k, float(top_p), torch.get_num_threads(),
+        workspace,
+        tokens,
+        evaluated,
+        logits,
+        log_prob,
+        program,
+        weights,
+        given,
+        condition,
+        labels,
+        start,
+        stop,
+        mode,
+        lookahead,
+        seed,
+        first_image,
+        float(temperature),
+        top_k,
+        float(top_p),
+        torch.get_num_threads(),
     )
     return workspace, int(evaluated)
 
