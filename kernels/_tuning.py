@@ -7,16 +7,42 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ._triton import cdiv, power_of_two
+from ._triton import cdiv, interpreted, power_of_two
 
 # A row shorter than this does not fill the 16 products of one tensor-core step, and float16 leaves too many of its codes close.
 TENSOR_CORE_DIM = 16
 RESOLVE_WAVES = 4
 
+# Triton's interpreter pays per operation, not per element: there the kernels without tile-dependent logic take large tiles.
+_INTERPRETED = interpreted()
 CENTRE = {"BLOCK_D": 32, "num_warps": 8}
-PREPARE = {"BLOCK": 16, "BLOCK_D": 64}
-ROWS = {"BLOCK": 32, "BLOCK_D": 64}
+PREPARE = {"BLOCK": 128, "BLOCK_D": 128} if _INTERPRETED else {"BLOCK": 16, "BLOCK_D": 64}
+ROWS = {"BLOCK": 128, "BLOCK_D": 128} if _INTERPRETED else {"BLOCK": 32, "BLOCK_D": 64}
 SETTLE = {"BLOCK_N": 128, "num_warps": 4}
+UPDATE = {"BLOCK": 16, "BLOCK_D": 64}
+CODES = 256 if _INTERPRETED else 16
+
+
+def resolve(row: int) -> dict:
+    """Tiles of the float32 screen for padded rows of `row` elements; BLOCK_ALL codes at a time where the formula decides alone.
+
+    A thread of a float32 product holds all of its operands: 16 components at a time, and 8 warps, keep sm_80 to sm_100 free of spills.
+    """
+    if _INTERPRETED:
+        return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(row, 64), "BLOCK_ALL": 256}
+    return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16, "BLOCK_ALL": 32, "num_warps": 8, "num_stages": 2}
+
+
+def step(dim: int) -> dict:
+    """Tiles of the kernels that read each row once: gather and quantize; about 2,048 elements a program."""
+    block_d = min(power_of_two(dim), 256)
+    return {"BLOCK_N": 256 if _INTERPRETED else max(8, 2048 // block_d), "BLOCK_D": block_d}
+
+
+def sums(dim: int) -> dict:
+    """Tiles of code sums: BLOCK rows of one code a program, ROWS at a time; one chunk of components where they fit."""
+    block_d = min(power_of_two(dim), 256)
+    return {"BLOCK": 512, "ROWS": 512 if _INTERPRETED else max(4, 4096 // block_d), "BLOCK_D": block_d}
 
 
 class Screen(NamedTuple):
@@ -38,8 +64,3 @@ def screen(dim: int, shared_memory: int) -> Screen:
     return Screen(True, cdiv(dim, 64) * 64, {"WHOLE_ROW": False, "BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 8,
                                              "num_stages": 3})  # fmt: skip
 
-
-def resolve(interpreted: bool) -> dict:
-    """Tiles of the float32 screen; BLOCK_ALL codes at a time where the formula decides alone."""
-    return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2,
-            "BLOCK_ALL": 256 if interpreted else 32}  # fmt: skip

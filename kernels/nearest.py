@@ -27,7 +27,7 @@ from . import _tuning
 from ._exact import COSINE, DOT, L2, _distance, _pair_score, _score
 from ._prepare import _centre_kernel, _codes_kernel, _duplicates_kernel, _rows_kernel
 from ._screen import _merge_two, _screen_kernel, _screen_rows_single
-from ._triton import cdiv, interpreted, on_device, power_of_two, processors, shared_memory
+from ._triton import cdiv, on_device, power_of_two, processors, shared_memory
 
 ROWS_PER_LAUNCH = 1 << 20
 CODE_TILE = 128  # codes are padded to a multiple of it
@@ -159,7 +159,7 @@ def _resolve_kernel(
     count = tl.load(todo_count + g).to(tl.int64) if LISTED else rows
     codes = codebook + g * code_stride_g
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK_N, count, tl.num_programs(0).to(tl.int64) * BLOCK_N):
-        r = start + tl.arange(0, BLOCK_N)
+        r = start + tl.arange(0, BLOCK_N).to(tl.int64)
         valid = r < count
         r = tl.minimum(r, count - 1)
         if LISTED:
@@ -314,7 +314,7 @@ def _search(rows_of_x, x, codebook, codes: _Codes, metric: int, config, distance
             *inputs, row_width, row_scale, codes.width_half, codes.slack, codes.padded, evaluate, bounds, found, splits,
             distance, indices, todo, todo_count, METRIC=metric, **_tuning.SETTLE, enable_fp_fusion=False,
         )  # fmt: skip
-    tile = _tuning.resolve(interpreted())
+    tile = _tuning.resolve(config.row)
     programs = min(cdiv(rows, tile["BLOCK_N"]), _tuning.RESOLVE_WAVES * processors(x))
     _resolve_kernel[(programs, g)](
         *inputs, codes.centre, codes.unit, codes.single, codes.offset, codes.width_single, codes.slack, codes.padded, codes.row,

@@ -90,8 +90,11 @@ def launches_of_everything(shared_memory: int, processors: int) -> dict[str, tup
         for label, run in launches.ALL:
             seen.clear()
             run()
-            for number, launch in enumerate(seen):
-                found.setdefault(f"{label}/{number}{launch[0].__name__.removesuffix('_kernel')}", launch)
+            for launch in seen:
+                name = f"{label}/{launch[0].__name__.strip('_').removesuffix('_kernel')}"
+                while name in found:  # the same kernel again, in other circumstances
+                    name += "+"
+                found[name] = launch
     return found
 
 

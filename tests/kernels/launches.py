@@ -2,25 +2,52 @@
 
 import torch
 
-from vqfast.kernels import nearest
+from vqfast.kernels import ema, gather, nearest, quantize, residual
 
 
-def rows(dim: int, dtype=torch.float32, n: int = 512, groups: int = 1) -> torch.Tensor:
-    return torch.zeros(1, groups, n, dim, dtype=dtype)
+def rows(dim: int, dtype=torch.float32, n: int = 512) -> torch.Tensor:
+    return torch.zeros(1, 1, n, dim, dtype=dtype)
+
+
+def codes(dim: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.zeros(1, 256, dim, dtype=dtype)
 
 
 def search(dim: int, metric: int = 0, dtype=torch.float32):
-    return lambda: nearest.nearest_triton(rows(dim, dtype), torch.zeros(1, 256, dim), metric)
+    return lambda: nearest.nearest_triton(rows(dim, dtype), codes(dim), metric)
 
 
-def images(dim: int, dtype=torch.float32) -> torch.Tensor:
+def images(dim: int) -> torch.Tensor:
     """[B, 1, H W, D] seen through the strides of [B, D, H, W]."""
-    return torch.zeros(2, dim, 16, 16, dtype=dtype).flatten(2).transpose(1, 2)[:, None]
+    return torch.zeros(2, dim, 16, 16).flatten(2).transpose(1, 2)[:, None]
+
+
+def indices(n: int = 512) -> torch.Tensor:
+    return torch.zeros(1, 1, n, dtype=torch.int64)
+
+
+def step(dim: int, dtype=torch.float32, mask=None):
+    return lambda: quantize.quantize_triton(rows(dim, dtype), codes(dim), mask, 0, True)
+
+
+def update(frozen):
+    state = codes(64), torch.zeros(1, 256), codes(64)
+    return lambda: ema.ema_update_triton_(*state, codes(64), torch.zeros(1, 256, dtype=torch.int64), frozen, 0.99, 1e-5)
 
 
 ALL = [
     *((f"nearest/D{dim}", search(dim)) for dim in (8, 64, 128, 256, 512)),
     *((f"nearest/{name}/D64", search(64, code)) for code, name in ((1, "cosine"), (2, "dot"))),
-    ("nearest/bf16/D64", search(64, dtype=torch.bfloat16)),
-    ("nearest/channels_first/D64", lambda: nearest.nearest_triton(images(64), torch.zeros(1, 256, 64), 0)),
-]
+    *((f"nearest/{name}/D64", search(64, dtype=dtype)) for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))),
+    ("nearest/channels_first/D64", lambda: nearest.nearest_triton(images(64), codes(64), 0)),
+    *((f"gather/{name}/D64", lambda dtype=dtype: gather.gather_triton(codes(64, dtype), indices()))
+      for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))),
+    *((f"code_stats/D{dim}", lambda dim=dim: ema.code_stats_triton(rows(dim), indices(), 256)) for dim in (8, 128, 512)),
+    ("code_stats/bf16/D64", lambda: ema.code_stats_triton(rows(64, torch.bfloat16), indices(), 256)),
+    ("code_stats/int32_keys/D64", lambda: ema.code_stats_triton(rows(64), indices(), 1 << 16)),
+    ("ema_update", update(None)),
+    ("ema_update/frozen", update(torch.zeros(1, 256, dtype=torch.bool))),
+    *((f"quantize/D{dim}", step(dim)) for dim in (64, 512)),
+    ("quantize/mask/bf16/D64", step(64, torch.bfloat16, torch.zeros(1, 512, dtype=torch.bool))),
+    ("residual/D64", lambda: residual.residual_triton(rows(64), torch.zeros(3, 1, 256, 64), None, 0, True)),
+]  # fmt: skip

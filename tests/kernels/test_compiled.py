@@ -1,0 +1,119 @@
+"""The Triton kernels compiled for GPUs that are not here: no spills, no growth, no fused float64, no recompilation per batch size.
+
+Each test is a process without TRITON_INTERPRET, because Triton reads it at import.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from check import run_python
+
+HERE = Path(__file__).parent
+PREPARE = "import os, sys; sys.path.insert(0, sys.argv[1]); import aot; from triton.backends.compiler import GPUTarget\n"
+
+
+@pytest.fixture(autouse=True)
+def triton_exists():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton: Triton is not installed (pip install triton)")
+
+
+def compiled(source: str, **env) -> str:
+    return run_python(PREPARE + source, str(HERE), timeout=500, TRITON_INTERPRET="0", OMP_NUM_THREADS="1", **env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_registers_spills_and_shared_memory_stay_within_the_lock(arch):
+    """A version of Triton that the lock file does not know is compiled and held to the absolute limits only."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "aot.py"), "--arch", str(arch)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    if "no lock for Triton" in done.stdout:
+        pytest.skip(f"{done.stdout.strip()} (its kernels compiled for sm_{arch})")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_the_lock_holds_no_spill_on_sm_90():
+    import json
+
+    lock = json.loads((HERE.parents[1] / "kernels" / "kernels.lock.json").read_text())
+    assert lock
+    for version, archs in lock.items():
+        assert set(archs) == {"sm_80", "sm_90", "sm_100"}, version
+        assert [label for label, row in archs["sm_90"].items() if row["stack"]] == [], version
+        for arch, limit in (("sm_80", 163), ("sm_90", 227), ("sm_100", 227)):
+            assert max(row["shared"] for row in archs[arch].values()) <= limit * 1024
+
+
+def test_growth_is_seen():
+    """The gate itself: more registers, a new kernel and a lost one are three differences."""
+    print(compiled("""
+old = {"sm_90": {"a": {"registers": 10, "stack": 0, "shared": 5}, "gone": {"registers": 1, "stack": 0, "shared": 0}}}
+new = {"sm_90": {"a": {"registers": 11, "stack": 0, "shared": 5}, "new": {"registers": 1, "stack": 0, "shared": 0}}}
+assert len(aot.differences(new, old)) == 3 and aot.differences(old, old) == []
+"""))
+
+
+@pytest.mark.slow
+def test_float64_is_not_fused_where_the_formula_decides():
+    """A fused multiply-add rounds once where the contract rounds twice; square root and division must be the exact ones."""
+    compiled("""
+import re
+launches = aot.launches_of_everything(227 * 1024, 132)
+for label in ("nearest/D64/settle", "nearest/D64/resolve", "nearest/D8/resolve", "nearest/cosine/D64/settle",
+              "nearest/cosine/D64/resolve", "nearest/dot/D64/settle", "nearest/dot/D64/resolve"):
+    ptx = aot.compile_one(launches[label], GPUTarget("cuda", 90, 32))[1].asm["ptx"]
+    found = set(re.findall(r"\\b(?:fma|mad|mul|add|sub|sqrt|div)\\.[a-z.]*f64", ptx))
+    assert {"mul.rn.f64", "add.rn.f64"} <= found, (label, found)
+    assert found <= {"mul.rn.f64", "add.rn.f64", "sub.rn.f64", "div.rn.f64", "sqrt.rn.f64"}, (label, found)
+""")
+
+
+@pytest.mark.slow
+def test_tensor_cores_run_the_screen():
+    """The screen's products are wgmma on sm_90 and mma on sm_80; one that fell back to scalar code would still be right, and slow."""
+    compiled("""
+for arch, word in ((90, "wgmma.mma_async"), (80, "mma.sync")):
+    launches = aot.launches_of_everything(*aot.CUDA[arch])
+    ptx = aot.compile_one(launches["nearest/D128/screen"], GPUTarget("cuda", arch, 32))[1].asm["ptx"]
+    assert word in ptx, (arch, word)
+""")
+
+
+def test_a_new_batch_size_compiles_nothing_new():
+    """Kernels take the number of rows at run time: the compiler's input is the same for every N, 1 and multiples of 16 included."""
+    compiled("""
+import torch
+from vqfast.kernels import ema, gather, nearest, quantize, residual
+def keys(n):
+    x, codes = torch.zeros(1, 1, 4096, 64)[:, :, :n], torch.zeros(1, 256, 64)
+    index = torch.zeros(1, 1, 4096, dtype=torch.int64)[..., :n]
+    with aot.recorded(227 * 1024, 132) as seen:
+        nearest.nearest_triton(x, codes, 0), gather.gather_triton(codes, index)
+        quantize.quantize_triton(x, codes, None, 0, True)
+        found = set()
+        for launch in seen:
+            source, options = aot.source_of(*launch)
+            found.add((launch[0].__name__, str(source.signature), str(source.constants), str(source.attrs)))
+    return found
+expected = keys(512)
+for n in (1, 2, 15, 16, 17, 1000, 4096):
+    assert keys(n) == expected, (n, keys(n) ^ expected)
+""")
+
+
+@pytest.mark.slow
+def test_amd_targets_compile():
+    """gfx942 (MI300): the compiler takes every kernel. Nothing more is known about AMD."""
+    compiled("""
+try:
+    rows = aot.measure(["gfx942"], ["nearest/D64", "gather/fp32", "code_stats/D128", "ema_update", "quantize/D64"])["gfx942"]
+except Exception as error:
+    raise SystemExit(f"gfx942: {error!r}"[:2000])
+assert len(rows) >= 9
+""")
