@@ -185,6 +185,8 @@ def agree(compiled, eager):
 @pytest.mark.family("quantize")
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_fullgraph(backend, compiler):
+    if compiler == "inductor" and backend == "reference":
+        pytest.skip("inductor sees the reference as the same opaque op; one generated program is enough")
     step, (z, mask) = Step(backend).to(device_of(backend)), batch(backend)
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
