@@ -420,4 +420,4 @@ def test_only_the_first_process_complains(capsys, monkeypatch):
 def test_commands_come_from_modules():
     """Every command has a module with the two functions, and every public module is a command."""
     folder = Path(cli.__file__).parent
-    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(cli.COMMANDS)
+    assert {path.stem.replace("_", "-") for path in folder.glob("[a-z]*.py")} == set(cli.COMMANDS)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from vqfast.data import save_picture
 from vqfast.models import VAE, VQVAE, load_pretrained
@@ -36,7 +35,6 @@ from vqfast.train.config import (
 from vqfast.train.evaluate import CODECS, codec_at, evaluate, psnr, restore, same_size_batches, squared_errors
 from vqfast.train.log import MetricsLog, read_metrics
 from vqfast.train.loop import TrainingError, learning_rate
-from vqfast.train.perceptual import frechet_distance, lpips_function
 from vqfast.train.plots import Chart, picture_grid, save_charts
 from vqfast.train.runs import begin_run, find_model, resume_run
 
@@ -336,6 +334,25 @@ def test_a_vae_draws_the_same_noise_after_resuming(pictures, tmp_path):
     assert isinstance(load_pretrained(tmp_path / "cut" / "model"), VAE)
 
 
+def test_a_hierarchy_trains_and_reports_each_level(pictures, tmp_path):
+    one_level = ("model.codebook_size", "model.dim")
+    values = {key: value for key, value in TINY.items() if key not in one_level}
+    values |= {
+        "model.kind": "vqvae2",
+        "model.dims": [4, 3],
+        "model.codebook_sizes": [16, 9],
+        "data.source": str(pictures),
+    }
+    begin_run(assigned(values | {"train.picture_every": 3}), tmp_path / "run", say=quiet)
+    assert {"perplexity_0", "perplexity_1", "usage_1"} <= read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].keys()
+    assert (tmp_path / "run" / "pictures" / "step-000003.png").exists()
+    model, _, _ = find_model(tmp_path / "run")
+    result = evaluate(model, [torch.zeros(3, 30, 32, dtype=torch.uint8)], codecs=False)
+    assert len(result.perplexity) == 2 and result.token_bytes == 64 * 4 // 8 + 16 * 4 // 8
+    config = config_from(json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert config.model.codebook_sizes == (16, 9), "JSON has no tuples, the configuration does"
+
+
 def test_resuming_uses_the_checkpoint_before_a_damaged_one(values, tmp_path):
     begin_run(values(), tmp_path / "whole", say=quiet)
     begin_run(values(), tmp_path / "cut", say=quiet)
@@ -517,25 +534,16 @@ def test_codecs_are_taken_at_the_nearest_size(codec, target, pictures):
     assert got.too_large == (target == 1)
 
 
-def test_frechet_distance_is_the_formula():
-    """Against eigenvalues of the product of the covariances, and with fewer rows than features against itself."""
-    rng = torch.Generator().manual_seed(0)
-    a = torch.randn(200, 6, generator=rng, dtype=torch.float64)
-    b = torch.randn(150, 6, generator=rng, dtype=torch.float64) * 1.5 + 1
-    cov_a, cov_b = torch.cov(a.t()), torch.cov(b.t())
-    root = np.sqrt(np.linalg.eigvals((cov_a @ cov_b).numpy())).real.sum()
-    expected = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * root
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a[:4], a[:4]) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="two pictures"):
-        frechet_distance(a[:1], a)
-
-
-def test_lpips_needs_its_weights_unaltered(tmp_path):
-    assert lpips_function(tmp_path) is None
-    save_file({"x": torch.zeros(1)}, tmp_path / "lpips-alexnet.safetensors")
-    with pytest.raises(ValueError, match="is altered"):
-        lpips_function(tmp_path)
+def test_evaluation_says_that_lpips_weights_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, items = (
+        VQVAE(hidden=8, residual_hidden=4, dim=4, codebook_size=13),
+        [torch.zeros(3, 32, 32, dtype=torch.uint8)],
+    )
+    result = evaluate(model, items, codecs=False, perceptual=True)
+    assert result.lpips is None and any("vqfast data metrics" in note for note in result.notes)
+    with pytest.raises(FileNotFoundError, match="vqfast data metrics"):
+        evaluate(model, items, codecs=False, fid=True)
 
 
 def test_charts_are_valid_and_say_the_same_in_svg_and_png(tmp_path):

@@ -20,6 +20,10 @@ COMMANDS = {
     "reconstruct": "write pictures next to what the model makes of them",
     "encode": "turn pictures into a token file",
     "decode": "turn a token file back into pictures",
+    "train-prior": "train a prior over the codes of a model",
+    "sample": "draw pictures from a model and its prior",
+    "compress": "write pictures as entropy-coded codes",
+    "decompress": "turn what compress wrote back into pictures",
     "data": "fetch or check a data set",
     "bench": "time the quantizer against plain PyTorch on this machine",
     "demo": "train on the embedded photographs for two minutes and show everything",
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the commands are {', '.join(COMMANDS)}"
         )
     try:
-        module = importlib.import_module(f"vqfast.cli.{name}")
+        module = importlib.import_module(f"vqfast.cli.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(
             prog=f"vqfast {name}",
             description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",

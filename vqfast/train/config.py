@@ -17,6 +17,7 @@ from typing import Any
 
 from vqfast.models import VAE, VQVAE, VAEConfig, VQVAEConfig
 from vqfast.models.presets import PRESETS
+from vqfast.models.vqvae2 import VQVAE2, VQVAE2Config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,7 +78,7 @@ class Config:
     """What a run is: the model's class and configuration, and the keys of [data] and [train]."""
 
     kind: str = "vqvae"
-    model: VQVAEConfig | VAEConfig = VQVAEConfig()
+    model: VQVAEConfig | VAEConfig | VQVAE2Config = VQVAEConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
@@ -88,7 +89,11 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
-MODELS: dict[str, tuple[type, type]] = {"vqvae": (VQVAE, VQVAEConfig), "vae": (VAE, VAEConfig)}
+MODELS: dict[str, tuple[type, type]] = {
+    "vqvae": (VQVAE, VQVAEConfig),
+    "vae": (VAE, VAEConfig),
+    "vqvae2": (VQVAE2, VQVAE2Config),
+}
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqfast.data import default_folder
 from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
+from vqfast.models.perceptual import LPIPS, FeatureStatistics, InceptionFeatures, frechet_distance
 from vqfast.tokens import packed_bytes
-from vqfast.train.perceptual import Frechet, lpips_function
 
 # (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG
 # documentation advises.
@@ -77,7 +79,7 @@ def evaluate(
     result, kept, similarity = Evaluation(), [], similarity_function()
     errors, ratios, ssims, bits, token_bytes, pixels_seen = [], [], [], [], [], []
     counts = [torch.zeros(q.groups, q.codebook_size, dtype=torch.int64) for q in model.quantizers]
-    scale, lpips, frechet = None, lpips_function() if perceptual else None, Frechet() if fid else None
+    scale, lpips, frechet = None, _lpips_function() if perceptual else None, _Frechet() if fid else None
     distances: list[float] = []
     for _, batch in same_size_batches(("", picture) for picture in pictures):
         restored, codes, x = restore(model, batch)
@@ -190,6 +192,40 @@ def similarity_function() -> Callable[[Tensor, Tensor], list[float]] | None:
         return ssim(a.float(), b.float(), data_range=255.0, size_average=False).reshape(len(a), -1).mean(1).tolist()
 
     return similarity
+
+
+def _lpips_function() -> Callable[[Tensor, Tensor], list[float]] | None:
+    """LPIPS of pairs of uint8 pictures, or None when its weights are not on this machine."""
+    try:
+        net = LPIPS.load(default_folder("metrics"), "alexnet")
+    except FileNotFoundError:
+        return None
+
+    @torch.no_grad()
+    def lpips(a: Tensor, b: Tensor) -> list[float]:
+        if min(a.shape[2:]) < 32 or a.shape[1] != 3:  # what AlexNet can look at
+            return []
+        return net(pixels_to_float(a), pixels_to_float(b)).tolist()
+
+    return lpips
+
+
+class _Frechet:
+    """FID of originals against reconstructions, gathered batch by batch."""
+
+    def __init__(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; these published weights come in nothing else
+            self._net = InceptionFeatures(default_folder("metrics"))
+        self._sides = FeatureStatistics(), FeatureStatistics()
+
+    def add(self, originals: Tensor, restored: Tensor) -> None:
+        for side, pixels in zip(self._sides, (originals, restored), strict=True):
+            for part in pixels.split(8):
+                side.add(self._net(pixels_to_float(part).expand(-1, 3, -1, -1)))
+
+    def distance(self) -> float:
+        return frechet_distance(*self._sides)
 
 
 def usable_codecs(notes: list[str]) -> list[tuple]:
