@@ -99,6 +99,9 @@ def test_train_then_resume_with_more_steps(run, capsys, tmp_path):
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 4
     code, out, _ = vqfast(capsys, "train", "--resume", run, "--steps", 6)
     assert code == 0 and "changed: train.steps 4 -> 6" in out and "from step 4 to 6" in out
+    assert out.count("skipped: ") == 2 and "broken.png" in out, (
+        "pictures that cannot be read are named, training goes on"
+    )
 
 
 def test_train_from_toml_and_preset_with_overrides(pictures, capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vqfast.cli import UserError
 from vqfast.train.config import assigned, merged, parse_assignment, preset_values, read_toml
+from vqfast.train.sources import skipped_lines
 
 # (flag, configuration key, type, help). Everything else goes through --set.
 _FLAGS = (
@@ -60,11 +62,10 @@ def settings_epilog() -> str:
     from vqfast.models import PRESETS
     from vqfast.train.config import MODELS, SECTIONS
 
-    lines = (
-        ["presets:"]
-        + [f"  {name:<18} {preset.description}" for name, preset in PRESETS.items()]
-        + ["", "keys and their defaults:"]
-    )
+    lines = ["presets:"]
+    for name, preset in PRESETS.items():
+        lines += textwrap.wrap(f"  {name:<18} {preset.description}", 110, subsequent_indent=" " * 21)
+    lines += ["", "keys and their defaults:"]
     for section, kind in SECTIONS.items():
         lines += [
             f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata['help']}"
@@ -106,5 +107,4 @@ class Pictures:
 
     def report(self) -> list[str]:
         """One line per skipped picture, the first few of them."""
-        lines = [f"skipped {path}: {reason}" for path, reason in list(self.skipped.items())[:5]]
-        return lines + ([f"... and {len(self.skipped) - 5} more"] if len(self.skipped) > 5 else [])
+        return skipped_lines(self.skipped)

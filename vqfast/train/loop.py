@@ -30,7 +30,7 @@ from vqfast.train.config import MODELS, Config, ConfigError, to_json
 from vqfast.train.log import MetricsLog, Progress
 from vqfast.train.ranks import Ranks
 from vqfast.train.report import draw_report
-from vqfast.train.sources import open_sources
+from vqfast.train.sources import open_sources, skipped_lines
 
 Say = Callable[[str], None]
 
@@ -120,6 +120,8 @@ class Trainer:
             if saved != self.step:
                 self._save()
         progress.close()
+        for line in skipped_lines(self.sources.train.skipped):
+            self.say(line)
         done = self.step >= settings.steps
         if self.ranks.first:
             self._draw()

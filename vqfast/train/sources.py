@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,3 +71,9 @@ def _open(data: DataConfig, channels: int) -> Sources:
 
 def _options(data: DataConfig, channels: int) -> dict:
     return {"size": data.size, "resize": data.resize or None, "channels": channels}
+
+
+def skipped_lines(skipped: Mapping[Path, str]) -> list[str]:
+    """One line for each of the first few pictures that could not be read, and how many more there are."""
+    lines = [f"skipped: {reason}" for reason in list(skipped.values())[:5]]
+    return lines + ([f"... and {len(skipped) - 5} more"] if len(skipped) > 5 else [])
