@@ -367,6 +367,16 @@ def test_each_position_is_computed_once_and_memory_does_not_grow_with_the_map():
         assert workspace.numel() == op.workspace_size(program.words, 1, 4, WIDTH)
 
 
+def test_opcheck(backend):
+    program = compile_prior(build(GatedPixelCNN, classes=0, condition_codes=0))
+    tokens, evaluated = torch.full((1, 2, 3), -1), torch.zeros(1, dtype=torch.int64)
+    workspace = torch.zeros(op.workspace_size(program.words, 1, 2, 3))
+    arguments = (workspace, tokens, evaluated, None, None, program.words, program.weights, None, None, None)
+    # start, stop, task, lookahead, seed, first_image, temperature, top_k, top_p, threads
+    settings = (0, 2, op.DRAW, 1, 0, 0, 1.0, 0, 1.0, 1)
+    torch.library.opcheck(getattr(torch.ops.vqfast, f"sample_{backend}_").default, (*arguments, *settings))
+
+
 def test_empty_batch():
     assert sample_codes(build(GatedPixelCNN, classes=0, condition_codes=0), 0, 4, 4).shape == (0, 4, 4)
 

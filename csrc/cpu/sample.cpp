@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -209,28 +210,49 @@ class Reader {
 };
 
 // Threads meet here after every instruction: about every microsecond, so they spin, but only for a few of them; on a busy machine the
-// thread that is waited for may need this very core.
+// thread that is waited for may need this very core. Thread 0 keeps the time that it lost beyond that.
 class Barrier {
  public:
+  using Clock = std::chrono::steady_clock;
+
   explicit Barrier(int threads) : threads_(threads) {}
-  void wait() {
-    if (threads_ == 1) return;
+
+  void wait(int thread) {
+    const int threads = threads_;  // read before arriving: go_alone() may change it once all have arrived
+    if (threads == 1) return;
     const int phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-      if (spin > 100) std::this_thread::yield();
+    for (int spin = 0; spin < 100; ++spin) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__x86_64__)
-      else _mm_pause();
+      _mm_pause();
 #endif
     }
+    const auto begin = Clock::now();
+    while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    if (thread == 0) lost_ += Clock::now() - begin;
   }
 
+  // For thread 0, before a meeting: have the last few milliseconds gone mostly into waiting? Then other work has the cores.
+  bool mostly_waiting() {
+    const auto now = Clock::now(), since = window_;
+    if (now - since < std::chrono::milliseconds(2)) return false;
+    const bool waiting = 4 * lost_ > 3 * (now - since);
+    window_ = now;
+    lost_ = {};
+    return waiting;
+  }
+
+  void go_alone() { threads_ = 1; }
+
  private:
-  const int threads_;
+  int threads_;
+  Clock::duration lost_{};
+  Clock::time_point window_ = Clock::now();
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
 };
@@ -281,7 +303,7 @@ class Engine {
     if (a_.start == 0) {
       const Range part = share(p_.workspace, thread, threads_);
       std::fill(a_.workspace + part.begin, a_.workspace + part.end, 0.0f);
-      barrier_.wait();
+      barrier_.wait(thread);
     }
     for (int64_t position = a_.start; position < a_.stop;) {
       const int64_t row = position / a_.width, column = position % a_.width;
@@ -298,7 +320,14 @@ class Engine {
       choose(row, column, end, thread, scratch);
       position += a_.mode == kScore ? end - column : accepted(column, end);
       if (thread == 0) evaluated_ += end - column;
-      barrier_.wait();  // nobody may overwrite changed_ before all have read it
+      if (thread == 0 && threads_ > 1 && barrier_.mostly_waiting()) alone_.store(true, std::memory_order_relaxed);
+      barrier_.wait(thread);  // nobody may overwrite changed_ before all have read it
+      if (alone_.load(std::memory_order_relaxed)) {
+        // On a crowded machine thread 0 is faster without the others: the split of work changes no bit.
+        if (thread != 0) return;
+        threads_ = 1;
+        barrier_.go_alone();
+      }
     }
   }
 
@@ -316,7 +345,7 @@ class Engine {
     for (int64_t b = part.begin; b < part.end; ++b)
       for (int64_t j = 0; j < a_.width; ++j)
         if (!is_given(b, row, j)) token(b, row, j) = row > 0 ? token(b, row - 1, j) : 0;
-    barrier_.wait();
+    barrier_.wait(thread);
   }
 
   void choose(int64_t row, int64_t c0, int64_t c1, int thread, Scratch& s) {
@@ -337,7 +366,7 @@ class Engine {
       if (a_.logits) std::memcpy(a_.logits + place * p_.codebook_size, values, p_.codebook_size * sizeof(float));
       if (a_.log_prob) a_.log_prob[place] = token_log_prob(values, p_.codebook_size, drawn);
     }
-    barrier_.wait();
+    barrier_.wait(thread);
   }
 
   // Columns whose every earlier guess in the window was right: they and their caches are final. The first one always is.
@@ -369,7 +398,7 @@ class Engine {
     } else {
       attend(i, row, c0, c1, thread, s);
     }
-    barrier_.wait();
+    barrier_.wait(thread);
   }
 
   void embed(const Instruction& i, int64_t row, int64_t c0, int64_t c1, int thread) {
@@ -519,7 +548,8 @@ class Engine {
   const SampleArgs& a_;
   const SampleKernels& k_;
   const Program& p_;
-  const int threads_;
+  int threads_;  // changed by thread 0 only, once the others are leaving
+  std::atomic<bool> alone_{false};
   Barrier barrier_;
   std::vector<uint8_t> changed_;
   int64_t evaluated_ = 0;

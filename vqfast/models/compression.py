@@ -78,7 +78,7 @@ def compress_codes(
     for b in range(codes.shape[0]):
         encoder = constriction.stream.queue.RangeEncoder()
         symbols = codes[b].flatten().to(torch.int32).cpu().numpy()
-        encoder.encode(symbols, model, probabilities(logits[b].flatten(0, 1)).numpy())
+        encoder.encode(symbols, model, probabilities(logits[b].flatten(0, 1)).cpu().numpy())
         streams.append(encoder.get_compressed().astype("<u4").tobytes())
     return streams
 
@@ -106,7 +106,7 @@ def decompress_codes(
         decoders.append(constriction.stream.queue.RangeDecoder(np.frombuffer(stream, "<u4").astype(np.uint32)))
     stepper = Stepper(prior, len(streams), height, width, labels, condition)
     for position, logits in stepper:
-        table = probabilities(logits).numpy()
+        table = probabilities(logits).cpu().numpy()
         try:
             codes = [int(decoder.decode(model, table[b : b + 1])[0]) for b, decoder in enumerate(decoders)]
         except (AssertionError, ValueError) as error:

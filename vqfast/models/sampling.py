@@ -72,7 +72,7 @@ def sample_codes(
         lookahead: columns evaluated at one time on guesses; a wrong guess is evaluated again, so the tokens stay.
         None: what a
             pass over the weights does not pay for anyway (about 6 rows of a small matrix product).
-        mode: "incremental" (default on CPU), "naive" (the same arithmetic, everything recomputed for each position, for
+        mode: "incremental" (default on CPU with native kernels), "naive" (the same arithmetic, everything recomputed for each position, for
             checks), "cached" (default elsewhere: each position once, torch's arithmetic), "network" (the ordinary
             loop).
         batch_size: maps computed together.
@@ -87,7 +87,7 @@ def sample_codes(
     Source: caching: Ramachandran et al. 2017 (1704.06001); lookahead: predictive sampling, Wiggers & Hoogeboom 2020.
     """
     device = next(prior.parameters()).device
-    mode = mode or ("incremental" if device.type == "cpu" else "cached")
+    mode = mode or ("cached" if _backends.reasons("sample", "cpu", next(prior.parameters())) else "incremental")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}.")
     tokens = _start_tokens(prior, given, count, height, width, device)
@@ -123,9 +123,9 @@ def canonical_logits(
     **Shapes**: codes [B, H, W] -> logits [B, H, W, K] float32, log_prob [B, H, W] float64 (nats).
     """
     prior.check(codes, labels, condition)
-    program = compile_prior(prior)
-    logits = torch.empty(*codes.shape, prior.config.codebook_size)
-    log_prob = torch.empty(codes.shape, dtype=torch.float64)
+    program = compile_prior(prior).to(codes.device)
+    logits = torch.empty(*codes.shape, prior.config.codebook_size, device=codes.device)
+    log_prob = torch.empty(codes.shape, dtype=torch.float64, device=codes.device)
     inputs = canonical_inputs(prior, condition, *codes.shape)
     op.run_program(
         program.words,
@@ -158,11 +158,12 @@ class Stepper:
         labels: Tensor | None = None,
         condition: Tensor | None = None,
     ):
-        self.tokens = torch.full((count, height, width), -1, dtype=torch.int64)
+        device = next(prior.parameters()).device
+        self.tokens = torch.full((count, height, width), -1, dtype=torch.int64, device=device)
         prior.check(self.tokens.clamp_min(0), labels, condition)
-        self._program = compile_prior(prior)
+        self._program = compile_prior(prior).to(device)
         self._inputs, self._labels = canonical_inputs(prior, condition, count, height, width), _contiguous(labels)
-        self._logits = torch.empty(count, height, width, prior.config.codebook_size)
+        self._logits = torch.empty(count, height, width, prior.config.codebook_size, device=device)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         workspace = None
@@ -238,7 +239,7 @@ def _naive(job: _Job) -> None:
     inputs = canonical_inputs(job.prior, job.condition, count, height, width)
     for row in range(height):
         for column in range(width):
-            logits = torch.empty(count, height, width, job.program.codebook_size)
+            logits = torch.empty(count, height, width, job.program.codebook_size, device=job.tokens.device)
             op.run_program(
                 job.program.words,
                 job.program.weights,

@@ -32,10 +32,13 @@ from vqfast.reference_sample import ATTEND, CONDITION, CONV, DRAW, EMBED, PANEL,
 
 __all__ = ["ATTEND", "CONDITION", "CONV", "DRAW", "EMBED", "PANEL", "PREVIOUS", "SCORE", "VERSION", "run_program"]
 
+# The threads meet after every layer of every position; more of them would wait longer than they work.
+_THREADS = 8
+
 _border.define(
     "sample_",
     "(Tensor(a!) workspace, Tensor(b!) tokens, Tensor(c!) evaluated, Tensor(d!)? logits, Tensor(e!)? log_prob,"
-    " Tensor program, Tensor weights, Tensor? given, Tensor? condition, Tensor? labels, int start, int stop, int mode,"
+    " Tensor program, Tensor weights, Tensor? given, Tensor? condition, Tensor? labels, int start, int stop, int task,"
     " int lookahead, int seed, int first_image, float temperature, int top_k, float top_p, int threads) -> ()",
     family="sample",
     reference=reference_sample.sample,
@@ -126,7 +129,7 @@ def run_program(
         float(temperature),
         top_k,
         float(top_p),
-        torch.get_num_threads(),
+        min(torch.get_num_threads(), _THREADS),
     )
     return workspace, int(evaluated)
 
