@@ -1,6 +1,8 @@
 // Launches the Hopper screen and what prepares and refines it.
 #include "cuda/nearest_hopper.cuh"
 
+#include <atomic>
+
 namespace vq {
 
 namespace {
@@ -12,13 +14,19 @@ void screen(const NearestProblem& p, const NearestSpace& space, cudaStream_t str
   launch(nearest_hopper_kernel<kSteps>, grid, dim3(kHopperThreads), Shape::kBytes, stream, p, space);
 }
 
+// Off until somebody allows it: this screen stands on how wgmma reads shared memory and adds, which no GPU has confirmed yet.
+std::atomic<bool> allowed{false};
+
 int rows_per_block(int steps) { return steps <= 9 ? HopperShape<9>::kRows : HopperShape<17>::kRows; }
 
 }  // namespace
 
+// For tests and benchmarks: whether devices that have wgmma may use it. Returns what held before.
+extern "C" __attribute__((visibility("default"))) int vqfast_cuda_hopper_allow(int allow) { return allowed.exchange(allow != 0); }
+
 void plan_hopper(const NearestProblem& p, NearestSpace* s) {
   s->steps = s->half_splits = s->id_bits = 0;
-  if (!hopper() || p.x.dim > 16 * (kHalfMaxSteps - 1)) return;
+  if (!allowed || !hopper() || p.x.dim > 16 * (kHalfMaxSteps - 1)) return;
   s->steps = p.x.dim <= 64 ? 5 : p.x.dim <= 128 ? 9 : kHalfMaxSteps;
   const i64 tiles = ceil_div(p.codebook.size, kHalfCodes), blocks = ceil_div(p.x.rows(), rows_per_block(s->steps)) * p.x.groups;
   // Few rows: the codes are split until every multiprocessor has work. Very many codes: until 12 bits hold a group's number.

@@ -44,11 +44,7 @@ using cudaStream_t = void*;
 namespace vq::exec {
 
 constexpr int kMaxThreads = 1024, kWarp = 32, kSlotBytes = 64;
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 512 << 10;
-#else
 constexpr size_t kStackBytes = 128 << 10;
-#endif
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "executor: %s\n", what.c_str());

@@ -92,6 +92,7 @@ def executor(executor_library):
     path = executor_library()
     torch.ops.load_library(str(path))
     ops = SimpleNamespace(probe=ctypes.CDLL(str(path)))
+    ops.probe.vqfast_cuda_hopper_allow(1)  # and VQFAST_EXECUTOR_HOPPER decides
     for name in ("nearest", "gather", "code_stats", "quantize"):
         setattr(ops, name, getattr(torch.ops.vqfast, f"{name}_cuda"))
     ops.ema_update_ = torch.ops.vqfast.ema_update_cuda_

@@ -24,7 +24,8 @@ for build in (cases.lattice, cases.nonfinite_rows_and_codes, cases.huge_code_amo
     nearest(*build())
 nearest(*(t.bfloat16() for t in cases.clustered(33, 40, 7)))
 
-import os
+import ctypes, os
+ctypes.CDLL(sys.argv[1]).vqfast_cuda_hopper_allow(1)
 os.environ["VQFAST_EXECUTOR_HOPPER"] = "1"
 for n, k, dim in ((65, 129, 33), (1, 300, 70)):
     nearest(*cases.clustered(n, k, dim, seed=n))
