@@ -18,6 +18,9 @@ from .prior_blocks import ConditionStack
 from .priors import CodePrior
 from .program import Program
 
+# Floats of weights that no longer fit the second cache level of one core (2 MiB).
+_LARGE = 1 << 19
+
 MODES = ("incremental", "naive", "cached", "network")
 
 
@@ -198,8 +201,9 @@ class _Job:
         self.prior, self.program, self.tokens, self.labels = prior, program, tokens, _contiguous(labels)
         self.condition, self.first_image, self.options, self.advance = condition, first_image, options, advance
         self.given = tokens >= 0
-        # Six rows of accumulators pass over the weights at the cost of one.
-        self.lookahead = lookahead or max(1, min(6 // len(tokens), tokens.shape[2]))
+        # Weights beyond the caches are read once for six rows of accumulators at the cost of one row; small networks gain nothing.
+        large = program is not None and program.weights.numel() >= _LARGE
+        self.lookahead = lookahead or (max(1, min(6 // max(len(tokens), 1), tokens.shape[2])) if large else 1)
 
     def draw(self, logits: Tensor, image: int, row: int, column: int) -> None:
         """Sets one token from logits [K], as the native code would."""
