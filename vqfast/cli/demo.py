@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def run(args) -> int:
     grid = save_picture(draw(model), folder / "reconstruction.png")
     held_out = photographs("test")
     judged = evaluate(model, (held_out[i] for i in range(len(held_out))))
-    print("\nTraining\n" + "\n".join(training_table(read_metrics(folder / "metrics.jsonl"))))
+    print(
+        "\nTraining\n" + "\n".join(training_table(read_metrics(folder / "metrics.jsonl"), model.config.data_variance))
+    )
     print(f"\nThe {judged.pictures} photographs that it never saw\n" + "\n".join(table(judged)))
     print("\nThe quantizer alone\n" + "\n".join(timing_table(*time_quantizer(model))))
     print(
@@ -127,14 +130,16 @@ def draw(model):
     )
 
 
-def training_table(lines: list[dict]) -> list[str]:
-    """The log as a table."""
-    rows = ["   step     loss   reconstruction   perplexity   usage   pictures/s"]
-    return rows + [
-        f"{line['step']:>7} {line['loss']:>8.4f} {line['reconstruction_loss']:>16.4f} {line['perplexity']:>12.1f} "
-        f"{line['usage']:>7.0%} {line['pictures_per_second']:>12.0f}"
-        for line in lines
-    ]
+def training_table(lines: list[dict], variance: float) -> list[str]:
+    """The log as a table. The squared error is the reconstruction loss times the variance that the model divides by."""
+    rows = ["   step     loss   PSNR dB   perplexity   usage   pictures/s"]
+    for line in lines:
+        psnr = -10 * math.log10(line["reconstruction_loss"] * variance)
+        rows += [
+            f"{line['step']:>7} {line['loss']:>8.4f} {psnr:>9.2f} {line['perplexity']:>12.1f} {line['usage']:>7.0%} "
+            f"{line['pictures_per_second']:>12.0f}"
+        ]
+    return rows
 
 
 @torch.no_grad()
