@@ -21,7 +21,8 @@ int rows_per_block(int steps) { return steps <= 9 ? HopperShape<9>::kRows : Hopp
 
 }  // namespace
 
-// For tests and benchmarks: whether devices that have wgmma may use it. Returns what held before.
+// For tests and benchmarks: whether devices that have wgmma may use it. Returns what held before. Not to be called while an op is
+// being launched, since scratch memory is laid out by it.
 extern "C" __attribute__((visibility("default"))) int vqfast_cuda_hopper_allow(int allow) { return allowed.exchange(allow != 0); }
 
 void plan_hopper(const NearestProblem& p, NearestSpace* s) {

@@ -3,7 +3,8 @@
     python csrc/testing/kernel_report.py            print the report
     python csrc/testing/kernel_report.py --lock     write it to csrc/cuda/kernels.lock.json, for this nvcc
 
-tests/cuda/test_nvcc.py compares a fresh report with the lock file: growth fails. Needs nvcc; the instruction counts also need
+tests/cuda/test_nvcc.py compares a fresh report with the lock file: growth fails. Needs nvcc; the instruction counts
+also need
 cuobjdump, from the CUDA toolkit or from the triton wheel. No GPU is needed and none is used.
 """
 
@@ -27,7 +28,11 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xptxas", 
 # kernel -> (instruction that marks its hot loop, what one thread gets done per such instruction, unit)
 HOT_LOOPS = {
     "nearest_screen_kernel": ("FFMA", 1, "multiply-add"),
-    "nearest_hopper_kernel": ("VIMNMX3", 8 / 3, "score"),  # 3 of them make the minimum of 8 scores, with the certificate's top 2
+    "nearest_hopper_kernel": (
+        "VIMNMX3",
+        8 / 3,
+        "score",
+    ),  # 3 of them make the minimum of 8 scores, with the certificate's top 2
 }
 
 
@@ -62,7 +67,15 @@ def compile_cubin(source: Path, arch: str, target: Path) -> str:
     Raises:
         RuntimeError: nvcc refused; the message holds its output.
     """
-    command = [*nvcc(), *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(target), str(source)]
+    command = [
+        *nvcc(),
+        *FLAGS,
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-cubin",
+        "-o",
+        str(target),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     # C75..: ptxas gave up on overlapping wgmma, or on the registers that were asked for.
     if done.returncode or re.search(r"\(C75\d\d\)", done.stdout + done.stderr):
@@ -98,7 +111,7 @@ def resources(ptxas: str) -> dict[str, dict[str, int]]:
     return found
 
 
-# ---- SASS -----------------------------------------------------------------------------------------------------------------
+# ---- SASS -----------------------------------------------------------------------------------------------
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 

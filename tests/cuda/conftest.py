@@ -1,6 +1,7 @@
 """Builds what the CUDA tests run: the executor's drills, the whole CUDA backend on the executor, and nvcc's own output.
 
-Everything is compiled once per source text and kept in the temporary folder of this user, so that a second run starts at once.
+Everything is compiled once per source text and kept in the temporary folder of this user, so that a second run starts
+at once.
 """
 
 import ctypes
@@ -26,13 +27,22 @@ SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 def sources() -> list[Path]:
     """All files under csrc/cuda and csrc/testing, and the file that registers the ops."""
-    found = [p for folder in ("cuda", "testing") for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    found = [
+        p
+        for folder in ("cuda", "testing")
+        for p in (CSRC / folder).iterdir()
+        if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    ]
     return sorted([*found, CSRC / "register_cuda.cpp"])
 
 
 def compiled(name: str, *commands: list[str]) -> Path:
     """Run compiler commands that write `{out}` (and `{out}.*`), unless this text was compiled with them before."""
-    text = "\n".join([" ".join(map(str, c)) for c in commands] + [torch.__version__] + [p.read_text() for p in sources() if p.exists()])
+    text = "\n".join(
+        [" ".join(map(str, c)) for c in commands]
+        + [torch.__version__]
+        + [p.read_text() for p in sources() if p.exists()]
+    )
     folder = CACHE / hashlib.sha256(text.encode()).hexdigest()[:20]
     target = folder / name
     if target.exists():
@@ -72,7 +82,15 @@ def executor_library(need_gxx):
 
     def build(sanitized: bool = False) -> Path:
         torch_folder = Path(torch.__file__).parent
-        flags = [*CXX, "-Wno-unknown-pragmas", "-fPIC", "-DVQFAST_EXECUTOR", TARGET, "-isystem", torch_folder / "include"]
+        flags = [
+            *CXX,
+            "-Wno-unknown-pragmas",
+            "-fPIC",
+            "-DVQFAST_EXECUTOR",
+            TARGET,
+            "-isystem",
+            torch_folder / "include",
+        ]
         # A fused multiply-add in hardware is the same operation as the C library's, and faster.
         has_fma = " fma " in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
         flags += ["-O1", *SANITIZE] if sanitized else ["-O2"]
@@ -80,7 +98,16 @@ def executor_library(need_gxx):
         files = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "testing" / "probe.cpp", CSRC / "register_cuda.cpp"]
         objects = [f"{{out}}.{file.name}.o" for file in files]
         commands = [[*flags, "-x", "c++", "-c", file, "-o", o] for file, o in zip(files, objects, strict=True)]
-        link = [*flags, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        link = [
+            *flags,
+            "-shared",
+            *objects,
+            f"-L{torch_folder / 'lib'}",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         return compiled(f"vqfast-executor{'-sanitized' * sanitized}.so", *commands, [*link, "-o", "{out}"])
 
     return build

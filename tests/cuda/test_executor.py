@@ -4,7 +4,13 @@ import pytest
 
 ORDERS = ("ascending", "descending")
 RIGHT = ("transpose", "sum", "collectives", "copies", "mma_f16", "mma_tf32", "wgmma", "conversions")
-WRONG_RESULT = ("missing_barrier", "missing_second_barrier", "missing_copy_wait", "missing_copy_barrier", "missing_wgmma_wait")
+WRONG_RESULT = (
+    "missing_barrier",
+    "missing_second_barrier",
+    "missing_copy_wait",
+    "missing_copy_barrier",
+    "missing_wgmma_wait",
+)
 OUT_OF_BOUNDS = {
     "off_by_one": "heap-buffer-overflow",
     "shared_off_by_one": "out of bounds for type 'int [8]'",

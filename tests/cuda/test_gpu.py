@@ -1,4 +1,6 @@
-"""What only a GPU can show. Everything here is skipped, loudly, where there is none; tests/ops runs the contract there too."""
+"""What only a GPU can show. Everything here is skipped, loudly, where there is none; tests/ops runs the contract
+there too.
+"""
 
 import ctypes
 from pathlib import Path
@@ -7,8 +9,9 @@ import cases
 import oracle
 import pytest
 import torch
-import vqfast
 from check import METRIC_CODE, METRICS, same, same_bits
+
+import vqfast
 
 ops = torch.ops.vqfast
 
@@ -37,13 +40,17 @@ def screen(request, gpu):
 def test_adversarial_data(screen, build, metric):
     x, codebook = build()
     expected = oracle.nearest(x, codebook, metric)
-    distance, indices = ops.nearest_cuda(x.cuda()[None, None], codebook.cuda()[None], METRIC_CODE[metric], None, None, None)
+    distance, indices = ops.nearest_cuda(
+        x.cuda()[None, None], codebook.cuda()[None], METRIC_CODE[metric], None, None, None
+    )
     same(indices[0, 0], expected.indices), same(distance[0, 0], expected.distance)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 100, 128, 200, 256, 300])
 def test_many_rows_and_codes(screen, dim):
-    """More than one wave of blocks, and thousands of tiles through every ring; the reference backend on the same device knows."""
+    """More than one wave of blocks, and thousands of tiles through every ring; the reference backend on the same
+    device knows.
+    """
     x, codebook = (t.cuda() for t in cases.clustered(40_000, 5_000, dim, seed=dim))
     distance, indices = ops.nearest_cuda(x[None, None], codebook[None], 0, None, None, None)
     expected = ops.nearest_reference(x[None, None], codebook[None], 0, None, None, None)

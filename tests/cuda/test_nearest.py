@@ -39,7 +39,10 @@ def verify(executor, x, codebook, metric="l2"):
 
 def open_rows(executor, x, codebook, metric):
     run = executor.probe.vqfast_open_rows
-    run.restype, run.argtypes = ctypes.c_long, [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p] + [ctypes.c_long] * 2 + [ctypes.c_int]
+    run.restype, run.argtypes = (
+        ctypes.c_long,
+        [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p] + [ctypes.c_long] * 2 + [ctypes.c_int],
+    )
     return run(x.data_ptr(), len(x), codebook.data_ptr(), len(codebook), x.shape[1], METRIC_CODE[metric])
 
 
@@ -79,7 +82,10 @@ def test_splitting_the_codes_changes_nothing(executor, screen, order, monkeypatc
         verify(executor, x, codebook, metric)
 
 
-@pytest.mark.parametrize("n, k, dim", [(1, 1, 1), (63, 127, 64), (65, 129, 65), (129, 385, 128), (130, 140, 129), (257, 129, 16), (70, 300, 256)])
+@pytest.mark.parametrize(
+    "n, k, dim",
+    [(1, 1, 1), (63, 127, 64), (65, 129, 65), (129, 385, 128), (130, 140, 129), (257, 129, 16), (70, 300, 256)],
+)
 def test_hopper_tile_borders(executor, hopper, order, n, k, dim):
     """Row blocks of 64, tiles of 128 codes, more tiles than the ring has stages, and D up to each shape's limit."""
     verify(executor, *cases.clustered(n, k, dim, seed=n + k))
@@ -105,10 +111,11 @@ def test_hopper_falls_back_past_its_widest_row(executor, hopper):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_float16_bound_settles_rows_that_float16_alone_could_not(executor, hopper, metric):
-    """Half of the rows lie close to the border of two codes: float32 decides between their groups, not float64 among all codes.
+    """Half of the rows lie close to the border of two codes: float32 decides between their groups, not float64 among
+    all codes.
 
-    A row stays open when both codes fall to one of the 8 chains (4 lanes, 2 chains each) and to different groups there: of 200
-    such rows 25 on average, less than 25 + 3 standard deviations = 39.
+    A row stays open when both codes fall to one of the 8 chains (4 lanes, 2 chains each) and to different groups there:
+    of 200 such rows 25 on average, less than 25 + 3 standard deviations = 39.
     """
     codebook = cases.normal(300, 32, seed=94)
     pairs = torch.randint(0, 300, (2, 200), generator=cases.generator(95))
@@ -169,7 +176,10 @@ def test_offsets_beyond_two_to_the_31(executor):
     distance, indices = executor.nearest(codebook[None, None], rows[0], 0, None, None, None)
     expected = oracle.nearest(codebook, near)
     same(indices[0, 0], expected.indices), same(distance[0, 0], expected.distance)
-    same(executor.gather(rows[0], torch.tensor([[[2, 1, -1]]]))[0, 0], torch.stack([near[2], near[1], torch.zeros_like(near[0])]))
+    same(
+        executor.gather(rows[0], torch.tensor([[[2, 1, -1]]]))[0, 0],
+        torch.stack([near[2], near[1], torch.zeros_like(near[0])]),
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -189,7 +199,9 @@ def test_offsets_and_a_huge_code_cost_the_l2_screen_nothing(executor, screen):
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_offsets_cost_the_other_metrics_little_in_float32(executor, metric):
-    """Codes are centred here, rows are not: the bound is 2^-24 of 1000 sqrt(D) |c - centre|, a ten-thousandth of typical gaps."""
+    """Codes are centred here, rows are not: the bound is 2^-24 of 1000 sqrt(D) |c - centre|, a ten-thousandth of
+    typical gaps.
+    """
     x, codebook = cases.clustered(600, 500, 32, seed=70, spread=0.5)
     assert open_rows(executor, x + 1000, codebook + 1000, metric) <= 60
 
@@ -209,4 +221,6 @@ def test_scratch_memory_never_holds_one_value_per_pair(executor):
     size.restype, size.argtypes = ctypes.c_long, [ctypes.c_long] * 3
     n, k, dim = 1 << 20, 1 << 14, 64
     assert size(n, k, dim) < 64 * n + 8 * (n + k) * dim + (1 << 20)
-    assert size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 4  # few rows: the codes are split, N x K still never exists
+    assert (
+        size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 4
+    )  # few rows: the codes are split, N x K still never exists

@@ -1,4 +1,6 @@
-"""nvcc's view of the CUDA kernels: they compile without a warning, spill nothing, and need no more than the lock file says."""
+"""nvcc's view of the CUDA kernels: they compile without a warning, spill nothing, and need no more than the lock
+file says.
+"""
 
 import copy
 import importlib.util
@@ -55,7 +57,9 @@ def test_no_kernel_spills_or_has_a_stack(fresh, arch):
 
 @pytest.mark.parametrize("arch", kernel_report.ARCHS)
 def test_hot_loops_spend_their_issue_slots_on_work(fresh, arch):
-    """float32 screen: 64 multiply-adds need 4 reads from shared memory, so 1.06 is the floor; 1.25 leaves room for the copies."""
+    """float32 screen: 64 multiply-adds need 4 reads from shared memory, so 1.06 is the floor; 1.25 leaves room for
+    the copies.
+    """
     if not kernel_report.cuobjdump():
         pytest.skip("cuda: no cuobjdump (CUDA toolkit or triton wheel), so instructions are not counted")
     assert 1.0 < fresh[f"sm_{arch}"]["nearest_screen_kernel"]["instructions_per_multiply-add"] <= 1.25
@@ -65,7 +69,9 @@ def test_the_hopper_loop_hides_its_argmin(fresh):
     """At most 4 instructions per score, the copies' bookkeeping, uniform ones and the certificate's top 2 included."""
     if not kernel_report.cuobjdump():
         pytest.skip("cuda: no cuobjdump (CUDA toolkit or triton wheel), so instructions are not counted")
-    shapes = {n: k["instructions_per_score"] for n, k in fresh["sm_90a"].items() if n.startswith("nearest_hopper_kernel")}
+    shapes = {
+        n: k["instructions_per_score"] for n, k in fresh["sm_90a"].items() if n.startswith("nearest_hopper_kernel")
+    }
     assert len(shapes) == 3 and all(1.0 < value <= 4.0 for value in shapes.values()), shapes
 
 
@@ -85,15 +91,44 @@ def test_the_report_reads_what_ptxas_and_cuobjdump_print():
         "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 26 registers, used 1 barriers, 512 bytes smem, 564 bytes cmem[0]\n"
     )
-    assert kernel_report.resources(ptxas) == {"gather_kernel<m>": {"registers": 26, "stack": 8, "spill": 16, "shared": 512}}
-    code = [(0, "MOV", ""), (16, "FFMA", ""), (32, "IADD3", ""), (48, "FFMA", ""), (64, "BRA", "0x10"), (80, "LDG", ""), (96, "BRA", "0x0")]
+    assert kernel_report.resources(ptxas) == {
+        "gather_kernel<m>": {"registers": 26, "stack": 8, "spill": 16, "shared": 512}
+    }
+    code = [
+        (0, "MOV", ""),
+        (16, "FFMA", ""),
+        (32, "IADD3", ""),
+        (48, "FFMA", ""),
+        (64, "BRA", "0x10"),
+        (80, "LDG", ""),
+        (96, "BRA", "0x0"),
+    ]
     assert kernel_report.hot_loop(code, "FFMA") == ["FFMA", "IADD3", "FFMA", "BRA"]
 
 
 def test_the_file_that_knows_torch_compiles_without_a_warning(nvcc, tmp_path):
-    """register_cuda.cpp against this torch, which need not have CUDA; nothing newer than torch 2.11's stable ABI is used."""
+    """register_cuda.cpp against this torch, which need not have CUDA; nothing newer than torch 2.11's stable ABI
+    is used.
+    """
     include = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler=-Wall,-fPIC", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command = [*nvcc, *flags, f"-I{CSRC}", "-isystem", include, "-c", CSRC / "register_cuda.cpp", "-o", tmp_path / "register.o"]
+    flags = [
+        "-std=c++17",
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler=-Wall,-fPIC",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+    command = [
+        *nvcc,
+        *flags,
+        f"-I{CSRC}",
+        "-isystem",
+        include,
+        "-c",
+        CSRC / "register_cuda.cpp",
+        "-o",
+        tmp_path / "register.o",
+    ]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""The whole CUDA backend under AddressSanitizer and UndefinedBehaviorSanitizer, on the executor, in its own interpreter."""
+"""The whole CUDA backend under AddressSanitizer and UndefinedBehaviorSanitizer, on the executor, in its own
+interpreter.
+"""
 
 import subprocess
 
@@ -16,7 +18,8 @@ def nearest(x, codebook, metric="l2"):
     distance, indices = ops.nearest_cuda(x[None, None], codebook[None], METRIC_CODE[metric], None, None, None)
     same(indices[0, 0], expected.indices), same(distance[0, 0], expected.distance)
 
-# Sizes just past and just before every tile; tensors are exactly as large as they need to be, so that ASan's red zones touch them.
+# Sizes just past and just before every tile; tensors are exactly as large as they need to be, so that ASan's red
+# zones touch them.
 for metric in METRIC_CODE:
     for n, k, dim in ((129, 127, 17), (31, 129, 33), (1, 1, 1)):
         nearest(*cases.clustered(n, k, dim, seed=n), metric)

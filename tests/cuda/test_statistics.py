@@ -9,7 +9,7 @@ from check import METRIC_CODE, METRICS, ULP, close, same, same_bits
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# ---- gather ----------------------------------------------------------------------------------------------------------------
+# ---- gather --------------------
 
 
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
@@ -31,7 +31,7 @@ def test_gather_never_reads_outside(executor):
     same(executor.gather(codebook, indices), expected)
 
 
-# ---- code_stats ------------------------------------------------------------------------------------------------------------
+# ---- code_stats --------------------
 
 
 def stats_problem(b, g, n, dim, k, seed, dtype=torch.float32):
@@ -95,7 +95,10 @@ def test_stats_leave_out_nonfinite_rows_and_wild_indices(executor, order):
 @pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
 def test_stats_of_any_strides(executor, view):
     x, indices = cases.normal(2, 24, 5, seed=10), torch.randint(0, 6, (2, 1, 24), generator=cases.generator(11))
-    same_bits(executor.code_stats(cases.views(x)[view][:, None], indices, 6)[0], executor.code_stats(x[:, None], indices, 6)[0])
+    same_bits(
+        executor.code_stats(cases.views(x)[view][:, None], indices, 6)[0],
+        executor.code_stats(x[:, None], indices, 6)[0],
+    )
 
 
 def test_stats_of_no_rows(executor):
@@ -103,13 +106,15 @@ def test_stats_of_no_rows(executor):
     assert sums.shape == (2, 4, 3) and not sums.any() and counts.shape == (2, 4) and not counts.any()
 
 
-# ---- ema_update_ -------------------------------------------------------------------------------------------------------------
+# ---- ema_update_ --------------------
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_ema_update_follows_the_formula(executor, order, frozen):
     g, k, dim, decay, eps = 2, 50, 37, 0.9, 1e-5
-    state = oracle.Ema(cases.normal(g, k, dim, seed=20), cases.normal(g, k, seed=21).abs(), cases.normal(g, k, dim, seed=22))
+    state = oracle.Ema(
+        cases.normal(g, k, dim, seed=20), cases.normal(g, k, seed=21).abs(), cases.normal(g, k, dim, seed=22)
+    )
     state.cluster_size[0, 3] = 0.0
     sums, counts = cases.normal(g, k, dim, seed=23), torch.randint(0, 3, (g, k), generator=cases.generator(24))
     counts[0, 3], sums[0, 3] = 0, 0.0
@@ -130,7 +135,7 @@ def test_ema_update_follows_the_formula(executor, order, frozen):
         same(got.codebook[keep], state.codebook[keep])
 
 
-# ---- quantize ----------------------------------------------------------------------------------------------------------------
+# ---- quantize --------------------
 
 
 def verify_quantize(executor, x, codebook, mask, metric, with_sums=True):
@@ -191,7 +196,9 @@ def test_quantize_of_nothing(executor, case):
         x[..., 1] = torch.nan
     if case == "no_finite_code":
         codebook[..., 0] = torch.inf
-    quantized, sq_error, indices, sums, counts, nonfinite = executor.quantize(x, codebook, mask, 0, True, None, None, None)
+    quantized, sq_error, indices, sums, counts, nonfinite = executor.quantize(
+        x, codebook, mask, 0, True, None, None, None
+    )
     assert not sq_error.any() and not counts.any() and not sums.any()
     assert nonfinite.item() == (0 if case in ("no_rows", "all_masked") else 9)
     assert (indices == (-1 if case == "all_masked" else 0)).all()

@@ -1,0 +1,54 @@
+"""The compiled CUDA registrations, on the executor, honour the border: schemas, fakes with true strides, gradients
+through the op.
+"""
+
+import cases
+import pytest
+import torch
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def arguments() -> dict[str, tuple]:
+    image = cases.normal(2, 6, 5, 1, seed=1).permute(0, 3, 2, 1)  # [B, G, N, D], channels first in memory
+    codebook = cases.normal(1, 7, 6, seed=2)
+    indices = torch.tensor([[[0, 3, -1, 6, 2]], [[1, 1, 5, 0, 4]]])
+    mask = torch.tensor([[True, True, False, True, True]] * 2)
+    return {
+        "nearest": (image, codebook, 0, None, None, None),
+        "gather": (codebook, indices),
+        "code_stats": (image, indices, 7),
+        "quantize": (image, codebook, mask, 1, True, None, None, None),
+    }
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_opcheck(executor, name):
+    torch.library.opcheck(getattr(executor, name).default, arguments()[name], test_utils=CHECKS)
+
+
+def test_straight_through_gradient_of_the_registered_op(executor):
+    x, codebook = cases.normal(1, 1, 30, 6, seed=3).requires_grad_(), cases.normal(1, 7, 6, seed=4).requires_grad_()
+    quantized, sq_error, indices, *_ = executor.quantize(x, codebook, None, 0, False, None, None, None)
+    gradient = cases.normal(1, 1, 30, 6, seed=5)
+    (grad_x,) = torch.autograd.grad(quantized, x, gradient, retain_graph=True)
+    assert torch.equal(grad_x, gradient)
+    (grad_codebook,) = torch.autograd.grad(sq_error[1], codebook)
+    code = codebook[0][indices[0, 0]].detach()
+    expected = torch.zeros(7, 6, dtype=torch.float64).index_add_(
+        0, indices[0, 0], 2 * (code - x[0, 0].detach()).double()
+    )
+    # Sums of at most 30 float32 products, each rounded a few times.
+    torch.testing.assert_close(
+        grad_codebook[0].double(), expected, rtol=0, atol=40 * 2.0**-24 * expected.abs().max().item()
+    )
+
+
+def test_unsupported_dtypes_and_shapes_are_refused_in_words(executor):
+    x, codebook = cases.normal(1, 1, 3, 4), cases.normal(1, 5, 4)
+    with pytest.raises(RuntimeError, match="float32, float16 and bfloat16"):
+        executor.nearest(x.double(), codebook, 0, None, None, None)
+    with pytest.raises(RuntimeError, match="codebook must be"):
+        executor.nearest(x, cases.normal(1, 5, 3), 0, None, None, None)
+    with pytest.raises(RuntimeError, match="indices need x's shape"):
+        executor.code_stats(x, torch.zeros(1, 1, 2, dtype=torch.int64), 5)
