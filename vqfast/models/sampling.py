@@ -75,7 +75,8 @@ def sample_codes(
         lookahead: columns evaluated at one time on guesses; a wrong guess is evaluated again, so the tokens stay.
         None: what a
             pass over the weights does not pay for anyway (about 6 rows of a small matrix product).
-        mode: "incremental" (default on CPU with native kernels), "naive" (the same arithmetic, everything recomputed for each position, for
+        mode: "incremental" (default on CPU with native kernels), "naive" (the same arithmetic, everything
+        recomputed for each position, for
             checks), "cached" (default elsewhere: each position once, torch's arithmetic), "network" (the ordinary
             loop).
         batch_size: maps computed together.
@@ -201,7 +202,8 @@ class _Job:
         self.prior, self.program, self.tokens, self.labels = prior, program, tokens, _contiguous(labels)
         self.condition, self.first_image, self.options, self.advance = condition, first_image, options, advance
         self.given = tokens >= 0
-        # Weights beyond the caches are read once for six rows of accumulators at the cost of one row; small networks gain nothing.
+        # Weights beyond the caches are read once for six rows of accumulators at the cost of one row; small
+        # networks gain nothing.
         large = program is not None and program.weights.numel() >= _LARGE
         self.lookahead = lookahead or (max(1, min(6 // max(len(tokens), 1), tokens.shape[2])) if large else 1)
 
