@@ -1,8 +1,13 @@
-"""Memory that never holds N x K, and offsets beyond 2^31 (contract 2, 9). Each case runs in its own interpreter."""
+"""Memory that never holds N x K, offsets beyond 2^31, counts beyond 2^24, hostile hints (contract 1, 2, 5, 7, 9).
+
+Most cases run in their own interpreter, where memory can be measured and a wrong pointer takes nothing with it.
+"""
 
 import pytest
 import torch
-from check import device_of, run_python
+from check import close, device_of, no_interpreter, put, run_python
+
+import vqfast
 
 pytestmark = pytest.mark.slow
 
@@ -175,8 +180,6 @@ assert found[1].eq(0).all() and found[-2].eq(0).all()
 
 def test_gpu_memory(backend):
     """The same promise on the device: extra memory stays far below one byte per pair."""
-    import vqfast
-
     if device_of(backend).type != "cuda":
         pytest.skip("streams, graphs and device memory belong to GPU backends")
     x, codebook = torch.randn(16384, 64, device="cuda"), torch.randn(65536, 64, device="cuda")
@@ -186,3 +189,50 @@ def test_gpu_memory(backend):
     vqfast.nearest(x, codebook, backend=backend)
     torch.cuda.synchronize()
     assert (torch.cuda.max_memory_allocated() - before) / 2**20 < 64
+
+
+@pytest.mark.family("ema")
+def test_counts_above_2_24_are_exact(backend):
+    """2^24 + 2 rows through strides of zero: a float32 counter would stop at 2^24."""
+    no_interpreter(backend)
+    n = 2**24 + 2
+    x, indices = put(backend, torch.ones(1), torch.ones(1, dtype=torch.int64))
+    got = vqfast.code_stats(x.expand(n, 1), indices.expand(n), 3, backend=backend)
+    assert got.counts.tolist() == [0, n, 0]
+    # All partial sums are integers; in float32 blocks they may round above 2^24, by less than 2 each time.
+    close(got.sums[1], torch.tensor([float(n)]), n * 2.0**-23)
+
+
+MISSHAPEN = """
+import os, sys
+os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch, vqfast, oracle
+backend = sys.argv[1]
+x, codebook = torch.randn(2, 2, 30, 6), torch.randn(2, 40, 6)
+wanted = oracle.nearest(x, codebook).indices
+right = {"order": torch.arange(40).repeat(2, 1), "basis": torch.eye(6)[:3].repeat(2, 1, 1), "guess": wanted}
+wrong = {
+    "order": [torch.arange(40), torch.arange(41).repeat(2, 1), torch.arange(3).repeat(2, 1), torch.zeros(0, dtype=torch.int64),
+              torch.arange(40).repeat(1, 1), right["order"].float(), right["order"].int(), torch.tensor(0)],
+    "basis": [torch.eye(6), torch.eye(7)[:3].repeat(2, 1, 1), torch.eye(5)[:3].repeat(2, 1, 1), torch.zeros(0),
+              torch.eye(6)[:3].repeat(1, 1, 1), right["basis"].double(), right["basis"].half(), torch.tensor(0.0)],
+    "guess": [wanted[0], wanted[..., :5], wanted.repeat(1, 1, 2), torch.zeros(0, dtype=torch.int64), wanted[:, :1],
+              wanted.float(), wanted.int(), torch.tensor(0)],
+}
+for name, values in wrong.items():
+    for at, value in enumerate(values):
+        hints = {**right, name: value}
+        print(name, at, tuple(value.shape), value.dtype, flush=True)
+        try:
+            found = getattr(torch.ops.vqfast, "nearest_" + backend)(x, codebook, 0, hints["order"], hints["basis"], hints["guess"])
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        assert torch.equal(found[1], wanted), "a hint cost a code"
+"""
+
+
+def test_misshapen_hints_are_refused_or_ignored(backend):
+    """Straight at the border, where no Python check stands: an error or the right codes, never a crash."""
+    if put(backend, torch.empty(0)).is_cuda:
+        pytest.skip("an illegal access would take the device's context with it; the CPU runs share the check")
+    run_python(MISSHAPEN, backend)
