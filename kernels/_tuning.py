@@ -30,19 +30,19 @@ def resolve(row: int) -> dict:
     """
     if _INTERPRETED:
         return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(row, 64), "BLOCK_ALL": 256}
-    return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16, "BLOCK_ALL": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16, "BLOCK_ALL": 16, "num_warps": 8, "num_stages": 2}
 
 
 def step(dim: int) -> dict:
-    """Tiles of the kernels that read each row once: gather and quantize; about 2,048 elements a program."""
+    """Tiles of the kernels that read each row once: gather and quantize; about 1,024 elements a program."""
     block_d = min(power_of_two(dim), 256)
-    return {"BLOCK_N": 256 if _INTERPRETED else max(8, 2048 // block_d), "BLOCK_D": block_d}
+    return {"BLOCK_N": 256 if _INTERPRETED else max(8, 1024 // block_d), "BLOCK_D": block_d}
 
 
 def sums(dim: int) -> dict:
     """Tiles of code sums: BLOCK rows of one code a program, ROWS at a time; one chunk of components where they fit."""
     block_d = min(power_of_two(dim), 256)
-    return {"BLOCK": 512, "ROWS": 512 if _INTERPRETED else max(4, 4096 // block_d), "BLOCK_D": block_d}
+    return {"BLOCK": 512, "ROWS": 512 if _INTERPRETED else max(4, 2048 // block_d), "BLOCK_D": block_d}
 
 
 class Screen(NamedTuple):

@@ -259,7 +259,8 @@ def _screen_half(x, rows_of_x, codes: _Codes, metric: int, config: dict):
     groups, n, d = x.shape[1:]
     empty = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     half = empty(torch.float16, groups, rows, codes.row)
-    row_width, row_scale = empty(torch.float32, 2, groups, rows)
+    # Two allocations: halves of one would differ in alignment from one N to the next, and Triton compiles per alignment.
+    row_width, row_scale = empty(torch.float32, groups, rows), empty(torch.float32, groups, rows)
     _rows_kernel[(cdiv(rows, _tuning.ROWS["BLOCK"]), groups)](
         x, *x.stride(), n, d, first, rows, codes.centre, codes.unit, half, row_width, row_scale, codes.row,
         accumulation_error(codes.row), METRIC=metric, **_tuning.ROWS,

@@ -101,21 +101,23 @@ def launches_of_everything(shared_memory: int, processors: int) -> dict[str, tup
 # ---- what the compiler spent -----------------------------------------------------------------------------------------------
 
 
-def cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def tool(name: str, *words: str) -> str:
+    """Output of one of the binary tools that come with Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *words], capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes) -> dict:
-    """Registers per thread, bytes of stack (spills) per thread and static shared memory, from the wheel's own cuobjdump."""
+    """Registers per thread, and the instructions that move spilled registers (the stack alone may be that of a division routine)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Function \w+:\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = tool("nvdisasm", "-c", file.name)
+    found = re.search(r"Function \w+:\s*\n?\s*REG:(\d+)", usage)
     if not found:
-        raise RuntimeError(f"cuobjdump printed something unexpected:\n{text}")
-    registers, stack, _, local = (int(v) for v in found.groups())
-    return {"registers": registers, "stack": stack + local}
+        raise RuntimeError(f"cuobjdump printed something unexpected:\n{usage}")
+    return {"registers": int(found[1]), "spills": len(re.findall(r"\b(?:STL|LDL)\b", code))}
 
 
 def compile_one(launch: tuple, target: GPUTarget) -> tuple[dict, object]:
@@ -127,7 +129,7 @@ def compile_one(launch: tuple, target: GPUTarget) -> tuple[dict, object]:
 
 
 def measure(archs, names=None) -> dict[str, dict]:
-    """{"sm_90": {label: {"registers", "stack", "shared"}}}; launches that compile to the same code are compiled once."""
+    """{"sm_90": {label: {"registers", "spills", "shared"}}}; launches that compile to the same code are compiled once."""
     result = {}
     for arch in archs:
         target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
@@ -180,7 +182,7 @@ def main() -> int:
     if options.show:
         for arch, rows in measured.items():
             for label, row in rows.items():
-                print(f"{arch} {label:60s} registers {row['registers']:4d} stack {row['stack']:5d} shared {row['shared']:7d}")
+                print(f"{arch} {label:60s} registers {row['registers']:4d} spills {row['spills']:5d} shared {row['shared']:7d}")
     lock = json.loads(LOCK.read_text()) if LOCK.exists() else {}
     if options.write:
         lock[version()] = lock.get(version(), {}) | measured

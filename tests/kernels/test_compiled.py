@@ -45,7 +45,7 @@ def test_the_lock_holds_no_spill_on_sm_90():
     assert lock
     for version, archs in lock.items():
         assert set(archs) == {"sm_80", "sm_90", "sm_100"}, version
-        assert [label for label, row in archs["sm_90"].items() if row["stack"]] == [], version
+        assert [label for label, row in archs["sm_90"].items() if row["spills"]] == [], version
         for arch, limit in (("sm_80", 163), ("sm_90", 227), ("sm_100", 227)):
             assert max(row["shared"] for row in archs[arch].values()) <= limit * 1024
 
@@ -53,8 +53,8 @@ def test_the_lock_holds_no_spill_on_sm_90():
 def test_growth_is_seen():
     """The gate itself: more registers, a new kernel and a lost one are three differences."""
     print(compiled("""
-old = {"sm_90": {"a": {"registers": 10, "stack": 0, "shared": 5}, "gone": {"registers": 1, "stack": 0, "shared": 0}}}
-new = {"sm_90": {"a": {"registers": 11, "stack": 0, "shared": 5}, "new": {"registers": 1, "stack": 0, "shared": 0}}}
+old = {"sm_90": {"a": {"registers": 10, "spills": 0, "shared": 5}, "gone": {"registers": 1, "spills": 0, "shared": 0}}}
+new = {"sm_90": {"a": {"registers": 11, "spills": 0, "shared": 5}, "new": {"registers": 1, "spills": 0, "shared": 0}}}
 assert len(aot.differences(new, old)) == 3 and aot.differences(old, old) == []
 """))
 
