@@ -96,6 +96,8 @@ struct PanelBuild {
   float rest_rel = 0;
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
   std::vector<float> basis;     // [directions, dim]
+  // Cell of a row in its panel's box: `bits` binary digits of each of the three widest coordinates.
+  int32_t place_in_panel(int32_t panel, const PanelQuery& row, int bits) const;
   std::vector<int32_t> order;   // searched codes in panel order
 
  private:
@@ -104,6 +106,13 @@ struct PanelBuild {
   void find_order(const Hints&, const Codes&, const Parallel&);
   void fill_panels(const Codes&, const Parallel&);
 
+  struct Grid {
+    float low[3], per_unit[3];
+    int8_t coordinate[3] = {0, 0, 0};
+  };
+  void find_grid(int64_t panel, const float* low, const float* high);
+
+  std::vector<Grid> grids_;
   std::vector<PanelQuery> coordinates_;
   std::vector<float> storage_;
   std::vector<int32_t> id_;

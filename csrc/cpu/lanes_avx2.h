@@ -21,6 +21,7 @@ inline V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline V max(V a, V b) { return _mm256_max_ps(a, b); }
 inline uint32_t less(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline uint32_t equal(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 inline float sum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -42,3 +43,10 @@ inline D dmul(D a, D b) { return _mm256_mul_pd(a, b); }
 inline void dstore(double* p, D a) { _mm256_storeu_pd(p, a); }
 inline D dload(const double* p) { return _mm256_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm256_add_pd(a, b); }
+using H = __m256i;
+inline H hash_start() { return _mm256_set1_epi32(0x2545F491); }
+inline H hash_mix(H h, V v) {
+  h = _mm256_mullo_epi32(_mm256_xor_si256(h, _mm256_castps_si256(v)), _mm256_set1_epi32(0x5BD1E995));
+  return _mm256_xor_si256(h, _mm256_srli_epi32(h, 15));
+}
+inline void hash_store(uint32_t* p, H h) { _mm256_storeu_si256((__m256i*)p, h); }

@@ -18,6 +18,7 @@ inline V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
 inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 inline V max(V a, V b) { return _mm512_max_ps(a, b); }
 inline uint32_t less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline uint32_t equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline float sum(V a) { return _mm512_reduce_add_ps(a); }
 inline float smallest(V a) { return _mm512_reduce_min_ps(a); }
 inline bool all_finite(V a) {
@@ -30,3 +31,10 @@ inline D dmul(D a, D b) { return _mm512_mul_pd(a, b); }
 inline void dstore(double* p, D a) { _mm512_storeu_pd(p, a); }
 inline D dload(const double* p) { return _mm512_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm512_add_pd(a, b); }
+using H = __m512i;
+inline H hash_start() { return _mm512_set1_epi32(0x2545F491); }
+inline H hash_mix(H h, V v) {
+  h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_castps_si512(v)), _mm512_set1_epi32(0x5BD1E995));
+  return _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
+}
+inline void hash_store(uint32_t* p, H h) { _mm512_storeu_si512(p, h); }

@@ -28,6 +28,10 @@ inline uint32_t less(V a, V b) {
   I m = a < b;
   return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
 }
+inline uint32_t equal(V a, V b) {
+  I m = a == b;
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
 inline float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline float smallest(V a) {
   float s = a[0];
@@ -45,3 +49,12 @@ inline D dmul(D a, D b) { return a * b; }
 inline void dstore(double* p, D a) { p[0] = a[0]; p[1] = a[1]; }
 inline D dload(const double* p) { return D{p[0], p[1]}; }
 inline D dadd(D a, D b) { return a + b; }
+typedef uint32_t H __attribute__((vector_size(16)));
+inline H hash_start() { return H{0x2545F491, 0x2545F491, 0x2545F491, 0x2545F491}; }
+inline H hash_mix(H h, V v) {
+  H bits;
+  __builtin_memcpy(&bits, &v, 16);
+  h = (h ^ bits) * 0x5BD1E995u;
+  return h ^ (h >> 15);
+}
+inline void hash_store(uint32_t* p, H h) { __builtin_memcpy(p, &h, 16); }

@@ -9,10 +9,8 @@
 namespace vqfast {
 namespace {
 
-constexpr int kTilesPerBlock = 16;   // tiles of rows that share one pass over the panels
+constexpr int64_t kBlockBytes = 24 << 10;  // tiles of rows that share one pass over the panels: half of a first-level cache
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
-enum RowState : uint8_t { kOrdinary = 0, kNotFinite = 1, kSettled = 2 };
-
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
     if (row[d] != 0.0f) return false;
@@ -20,17 +18,19 @@ bool is_zero(const float* row, int64_t dim) {
 }
 
 // What one row of a given work dimension looks like to the plans: scaled, or of unit length.
-void work_row(const Codes& codes, const float* exact, float* out) {
+// False where a unit vector does not exist.
+bool work_row(const Codes& codes, const float* exact, float* out) {
   const int64_t dim = codes.dim();
   if (!codes.unit_vectors()) {
     for (int64_t d = 0; d < dim; ++d) out[d] = exact[d] * codes.scale();
-    return;
+    return true;
   }
   double square = 0;
   for (int64_t d = 0; d < dim; ++d) square += (double)exact[d] * exact[d];
   const double factor = square > 0 ? (double)codes.scale() / sqrt(square) : 0.0;
   for (int64_t d = 0; d < dim; ++d) out[d] = (float)(exact[d] * factor);
   if (codes.metric() == kDot) out[dim] = 0.0f;
+  return square > 0;
 }
 
 bool rows_need_work(const Codes& codes) { return codes.unit_vectors() || codes.scale() != 1.0f; }
@@ -89,14 +89,11 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
   const PanelPlan& plan = panels_->plan;
   for (int64_t i = 0; i < n; ++i) {
     const float* exact = rows.row(i * rows.count / n);
-    bool finite;
-    kernels().inspect(exact, codes_.dim(), &finite);
-    if (!finite) continue;
-    work_row(codes_, exact, work.data());
+    if (!work_row(codes_, exact, work.data())) continue;
     PanelQuery query;
     kernels().project(work.data(), codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim, panels_->rest_rel,
                       &query);
-    if (!(query.norm < (float)kWildSquare)) continue;
+    if (!(query.norm < (float)kWildSquare)) continue;  // NaN too
     const int32_t zero = 0, first = panels_->tree.panel_of(query.coordinate);
     double score;
     int64_t index;
@@ -114,27 +111,29 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
 }
 
 void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
-  std::unique_ptr<uint8_t[]> state(new uint8_t[std::max<int64_t>(1, rows.count)]);
-  const bool no_code = codes_.usable().empty();
-  parallel_(rows.count, 1024, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
-    for (int64_t i = begin; i < end; ++i) {
-      bool finite;
-      kernels().inspect(rows.row(i), rows.dim, &finite);
-      state[i] = finite && !no_code ? kOrdinary : kNotFinite;
-      if (state[i] == kNotFinite) {
-        score[i] = NAN;
-        index[i] = 0;
-      } else if (codes_.unit_vectors() && is_zero(rows.row(i), rows.dim)) {
-        state[i] = kSettled;  // every code scores 0
-        score[i] = 0.0;
-        index[i] = codes_.usable().front();
-      }
-    }
-  });
-  if (no_code) return;
-  if (panels_) run_panels(rows, state.get(), guess, score, index);
-  else run_dense(rows, state.get(), score, index);
+  if (codes_.usable().empty()) {
+    std::fill(score, score + rows.count, NAN);
+    std::fill(index, index + rows.count, 0);
+  } else if (panels_) {
+    run_panels(rows, guess, score, index);
+  } else {
+    run_dense(rows, score, index);
+  }
+}
+
+// Rows that no plan can take: not finite, without direction, or too far out for float32.
+void NearestSearch::settle_alone(const float* exact, double* score, int64_t* index) const {
+  bool finite;
+  kernels().inspect(exact, codes_.dim(), &finite);
+  if (!finite) {
+    *score = NAN;
+    *index = 0;
+  } else if (codes_.unit_vectors() && is_zero(exact, codes_.dim())) {
+    *score = 0.0;  // as every code does
+    *index = codes_.usable().front();
+  } else {
+    brute_force(exact, score, index);
+  }
 }
 
 void NearestSearch::brute_force(const float* exact, double* score, int64_t* index) const {
@@ -150,12 +149,12 @@ void NearestSearch::brute_force(const float* exact, double* score, int64_t* inde
   *index = row.index;
 }
 
-void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* score, int64_t* index) {
+void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   const Kernels& k = kernels();
   const int64_t dim = codes_.work().dim, per_tile = k.rows_per_tile;
   const int64_t tiles = (rows.count + per_tile - 1) / per_tile;
-  const int64_t per_block =
-      std::max<int64_t>(1, std::min<int64_t>(kTilesPerBlock, tiles / std::max(1, 2 * parallel_.threads)));
+  const int64_t fitting = std::min<int64_t>(64, kBlockBytes / (dim * per_tile * (int64_t)sizeof(float)));
+  const int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(fitting, tiles / std::max(1, 2 * parallel_.threads)));
   const int64_t blocks = (tiles + per_block - 1) / per_block;
   const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
   // The contract's own rounding in float64, which decides between codes that are equally far in truth.
@@ -164,7 +163,7 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
     FloatMode mode;
     std::unique_ptr<float[]> tile(new float[per_block * per_tile * dim]());
     std::unique_ptr<Row[]> state_of(new Row[per_block * per_tile]);
-    std::vector<float> work(dim);
+    std::vector<float> work(dim), limits(per_block * per_tile);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
       const int64_t used = (last - first + per_tile - 1) / per_tile;
@@ -172,26 +171,26 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
         Row* row = &state_of[i];
         const int64_t r = first + i;
         start_row(row, r < last ? rows.row(r) : nullptr);
-        row->limit = -INFINITY;  // padding, rows that are not finite and wild rows collect nothing here
+        limits[i] = -INFINITY;  // padding, rows that are not finite and wild rows collect nothing here
         row->slack = 0;
         float* to = tile.get() + (i / per_tile) * dim * per_tile + i % per_tile;
-        if (r >= last || state[r] != kOrdinary) {
+        if (r >= last) {
           for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
           continue;
         }
-        work_row(codes_, row->exact, work.data());
+        const bool has_vector = work_row(codes_, row->exact, work.data());
         double square = 0;
         for (int64_t d = 0; d < dim; ++d) {
           const float v = (float)((double)work[d] - (double)codes_.centre()[d]);
           to[d * per_tile] = v;
           square += (double)v * v;
         }
-        if (!(square < kWildSquare)) {
+        if (!(square < kWildSquare) || !has_vector) {
           for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
-          brute_force(row->exact, &row->best, &row->index);
+          settle_alone(row->exact, &row->best, &row->index);
           continue;
         }
-        row->limit = dense_ ? FLT_MAX : -INFINITY;
+        limits[i] = dense_ ? FLT_MAX : -INFINITY;
         row->slack = dense_ ? (float)(dense_->error * dense_->balance * 0.5 * square * 1.01 + of_formula * square + unit_slack + 1e-30) : 0.0f;
         for (int32_t code : codes_.always()) {
           row->candidate[row->count] = code;
@@ -199,10 +198,9 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
           if (row->count == kCandidates) k.settle(codes_.exact(), row, 1);
         }
       }
-      if (dense_) k.dense(dense_->plan, codes_.exact(), tile.get(), used, state_of.get());
+      if (dense_) k.dense(dense_->plan, codes_.exact(), tile.get(), used, limits.data(), state_of.get());
       else k.settle(codes_.exact(), state_of.get(), (int)(used * per_tile));
       for (int64_t r = first; r < last; ++r) {
-        if (state[r] != kOrdinary) continue;
         score[r] = state_of[r - first].best;
         index[r] = state_of[r - first].index;
       }
@@ -210,7 +208,7 @@ void NearestSearch::run_dense(const Rows& rows, const uint8_t* state, double* sc
   });
 }
 
-void NearestSearch::run_panels(const Rows& rows, const uint8_t* state, const int64_t* guess, double* score, int64_t* index) {
+void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
   const int64_t n = rows.count, dim = codes_.work().dim;
   const PanelPlan& plan = panels_->plan;
   std::unique_ptr<float[]> work;
@@ -223,23 +221,31 @@ void NearestSearch::run_panels(const Rows& rows, const uint8_t* state, const int
     FloatMode mode;
     for (int64_t i = begin; i < end; ++i) {
       first[i] = -1;
-      if (state[i] != kOrdinary) continue;
-      if (work) work_row(codes_, rows.row(i), work.get() + i * dim);
+      const bool has_vector = !work || work_row(codes_, rows.row(i), work.get() + i * dim);
       kernels().project(work_rows + i * work_ld, codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim,
                         panels_->rest_rel, &queries[i]);
-      if (!(queries[i].norm < (float)kWildSquare)) brute_force(rows.row(i), &score[i], &index[i]);
+      if (!has_vector || !(queries[i].norm < (float)kWildSquare)) settle_alone(rows.row(i), &score[i], &index[i]);
       else first[i] = panels_->tree.panel_of(queries[i].coordinate);
     }
   });
-  // Rows grouped by the panel they fall into: neighbours share panels and candidates, which then stay in cache.
-  std::vector<int64_t> begin_of(plan.panels_count + 1, 0);
+  // Rows in the order of the panels they fall into, and within a panel by where they lie in its box: neighbours share panels and
+  // candidates, which then stay in cache.
+  int bits = 0;
+  while (bits < 3 && (plan.panels_count << (3 * (bits + 1))) <= 2 * n) ++bits;
+  const int64_t cells = plan.panels_count << (3 * bits);
+  std::vector<int32_t> cell(n);
+  parallel_(n, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (first[i] >= 0) cell[i] = (first[i] << (3 * bits)) | panels_->place_in_panel(first[i], queries[i], bits);
+  });
+  std::vector<int64_t> begin_of(cells + 1, 0);
   for (int64_t i = 0; i < n; ++i)
-    if (first[i] >= 0) ++begin_of[first[i] + 1];
-  for (int64_t p = 0; p < plan.panels_count; ++p) begin_of[p + 1] += begin_of[p];
-  const int64_t ordinary = begin_of[plan.panels_count];
+    if (first[i] >= 0) ++begin_of[cell[i] + 1];
+  for (int64_t p = 0; p < cells; ++p) begin_of[p + 1] += begin_of[p];
+  const int64_t ordinary = begin_of[cells];
   std::vector<int32_t> order(ordinary);
   for (int64_t i = 0; i < n; ++i)
-    if (first[i] >= 0) order[begin_of[first[i]]++] = (int32_t)i;
+    if (first[i] >= 0) order[begin_of[cell[i]]++] = (int32_t)i;
   std::unique_ptr<int64_t[]> usable_guess;
   if (guess) {
     usable_guess.reset(new int64_t[n]);

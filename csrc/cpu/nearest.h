@@ -26,8 +26,9 @@ class NearestSearch {
 
  private:
   bool panels_pay(const Rows& rows, const Hints& hints);
-  void run_dense(const Rows& rows, const uint8_t* state, double* score, int64_t* index);
-  void run_panels(const Rows& rows, const uint8_t* state, const int64_t* guess, double* score, int64_t* index);
+  void run_dense(const Rows& rows, double* score, int64_t* index);
+  void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
+  void settle_alone(const float* exact, double* score, int64_t* index) const;
   void brute_force(const float* exact, double* score, int64_t* index) const;
 
   const Codes& codes_;

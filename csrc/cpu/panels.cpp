@@ -10,9 +10,9 @@ namespace vqfast {
 namespace {
 
 constexpr double kUnitRoundoff = 0x1p-24;
-constexpr int64_t kBasisSample = 768;  // codes that the principal directions are estimated from
+constexpr int64_t kBasisSample = 512;  // codes that the principal directions are estimated from
 constexpr int kExtra = 4;              // directions iterated beyond those kept
-constexpr int kIterations = 4;
+constexpr int kIterations = 3;
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
 
 // Rows made orthonormal in double, in place; a row that vanishes becomes zero.
@@ -66,7 +66,7 @@ class Splitter {
     const int coordinate = widest(first, last);
     for (int64_t i = first; i < last; ++i) scratch_[i] = {at_[order_[i]].coordinate[coordinate], order_[i]};
     std::nth_element(scratch_.begin() + first, scratch_.begin() + cut, scratch_.begin() + last,
-                     [](const Key& a, const Key& b) { return a.value < b.value || (a.value == b.value && a.code < b.code); });
+                     [](const Key& a, const Key& b) { return a.value < b.value; });
     for (int64_t i = first; i < last; ++i) order_[i] = scratch_[i].code;
     const int32_t left = node + 1, right = node + (int32_t)(2 * (middle - begin));
     tree.nodes[node] = {coordinate, scratch_[cut].value, left, right};
@@ -143,7 +143,7 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
     const double square = kernels().centred_norm(row, centre, dim);
     if (square < kFarSquare) total += square;
   }
-  int directions = dim <= 4 ? 4 : dim <= 8 || k < 4096 ? 8 : 8;
+  const int directions = dim <= 4 ? 4 : 8;
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim);
   std::vector<double> rows((size_t)std::max(iterated, directions) * dim, 0.0);
   const bool given = hints.basis && hints.directions >= directions;
@@ -204,6 +204,38 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   plan.tiny = 1e-30f;
 }
 
+// The three widest coordinates of a panel's box, and where and how fast they are cut into cells.
+void PanelBuild::find_grid(int64_t panel, const float* low, const float* high) {
+  Grid& grid = grids_[panel];
+  float extent[3] = {-1, -1, -1};
+  for (int j = 0; j < plan.width; ++j) {
+    const float e = high[j] - low[j];
+    for (int i = 0; i < 3; ++i) {
+      if (!(e > extent[i])) continue;
+      for (int k = 2; k > i; --k) extent[k] = extent[k - 1], grid.coordinate[k] = grid.coordinate[k - 1];
+      extent[i] = e, grid.coordinate[i] = (int8_t)j;
+      break;
+    }
+  }
+  for (int i = 0; i < 3; ++i) {
+    grid.low[i] = low[grid.coordinate[i]];
+    grid.per_unit[i] = extent[i] > 0 ? 1.0f / extent[i] : 0.0f;
+  }
+}
+
+int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bits) const {
+  const Grid& grid = grids_[panel];
+  int32_t place = 0;
+  const int cells = 1 << bits;
+  for (int i = 0; i < 3; ++i) {
+    const float at = (row.coordinate[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * cells;
+    int step = at > 0 ? at < (float)(cells - 1) ? (int)at : cells - 1 : 0;
+    if (place & 1) step = cells - 1 - step;  // there and back, so that neighbours in the order are neighbours in the box
+    place = (place << bits) | step;
+  }
+  return place;
+}
+
 void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
   const std::vector<int32_t>& searched = codes.searched();
   coordinates_.resize(searched.size());
@@ -242,6 +274,7 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
   float* group_high = group_low + blocks * box;
   float* group_allowance = group_high + blocks * box;
   id_.assign(panels * kPanel, 0);
+  grids_.resize(panels);
   const float of_box = 2 * rest_rel + 4 * plan.screen_rel;
   parallel(groups, 4, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
@@ -272,6 +305,7 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
           low[g * box + j * kPanelGroup + i] = lo[j];
           high[g * box + j * kPanelGroup + i] = hi[j];
         }
+        if (p < panels) find_grid(p, lo, hi);
         allowance[g * kPanelGroup + i] = of_box * largest;
       }
     }

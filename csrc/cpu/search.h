@@ -26,7 +26,6 @@ struct Row {
   const float* exact;      // [D] as given
   double best;             // best score so far by the contract's formula; +inf before
   int64_t index;           // its code; -1 before
-  float limit;             // dense road: a score under it makes a candidate
   float slack;             // dense road: rounding allowance of this row
   int count;
   int32_t candidate[kCandidates];  // codes (original index)
@@ -79,8 +78,9 @@ struct Kernels {
   int rows_per_tile;
   float ops_per_term;      // roundings per term of a sum: 1 with FMA, 2 without
 
-  // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile].
-  void (*dense)(const DensePlan&, const ExactCodes&, const float* tiles, int64_t tile_count, Row* rows);
+  // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile]; a score under a row's limit makes a
+  // candidate, and lowers it.
+  void (*dense)(const DensePlan&, const ExactCodes&, const float* tiles, int64_t tile_count, float* limits, Row* rows);
   // Evaluate what the rows collected by the contract's formula, and forget it.
   void (*settle)(const ExactCodes&, Row*, int row_count);
   // Pruned search of rows order[0..n): index and exact score of each.

@@ -102,67 +102,70 @@ inline void append(const ExactCodes& e, Row* row, int32_t code, float score, flo
 // ---- dense road --------------------------------------------------------------------------------------------------------------
 
 // Scores of kUnit codes for kRows rows, held in registers from the first coordinate to the last.
+template <int kN>
 inline __attribute__((always_inline)) void score_unit(const float* codes, const float* start, const float* tile, int64_t dim,
-                                                      V (&a)[kRows], V (&b)[kRows]) {
+                                                      V (&a)[kN], V (&b)[kN]) {
   const V s0 = load(start), s1 = load(start + W);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kN; ++r) {
     a[r] = s0;
     b[r] = s1;
   }
   for (int64_t d = 0; d < dim; ++d) {
     const V c0 = load(codes), c1 = load(codes + W);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kN; ++r) {
       const V x = set(tile[r]);
       a[r] = fnma(x, c0, a[r]);
       b[r] = fnma(x, c1, b[r]);
     }
     codes += kPanel;
-    tile += kRows;
+    tile += kN;
   }
 }
 
 // A row met scores under its limit: tighten the limit by the best upper bound among them, then keep what is still under it.
-__attribute__((noinline)) void collect(const ExactCodes& e, Row* row, V a, V b, const float* slack, const int32_t* id) {
+__attribute__((noinline)) void collect(const ExactCodes& e, Row* row, float* row_limit, V a, V b, const float* slack,
+                                       const int32_t* id) {
   const V upper = min(add(a, load(slack)), add(b, load(slack + W)));
-  const float limit = smallest(upper) + 2.0f * row->slack;
-  if (limit < row->limit) row->limit = limit;
+  float limit = smallest(upper) + 2.0f * row->slack;
+  limit = limit < *row_limit ? limit : *row_limit;
+  *row_limit = limit;
   float scores[kUnit];
   store(scores, a);
   store(scores + W, b);
-  const V bound = set(row->limit);
+  const V bound = set(limit);
   uint32_t hits = less(a, bound) | (less(b, bound) << W);
   while (hits) {
     const int lane = __builtin_ctz(hits);
     hits &= hits - 1;
-    append(e, row, id[lane], scores[lane], row->limit);
+    append(e, row, id[lane], scores[lane], limit);
   }
 }
 
-void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64_t tile_count, Row* rows) {
+void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64_t tile_count, float* limits, Row* rows) {
   const int64_t dim = plan.dim;
   for (int64_t p = 0; p < plan.panels_count; ++p) {
     for (int64_t t = 0; t < tile_count; ++t) {
-      Row* tile_rows = rows + t * kRows;
+      float* limit = limits + t * kRows;
       for (int u = 0; u < kPanel; u += kUnit) {
         V a[kRows], b[kRows];
         score_unit(plan.panels + p * dim * kPanel + u, plan.start + p * kPanel + u, tiles + t * dim * kRows, dim, a, b);
         uint32_t under = 0;
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) under |= less(min(a[r], b[r]), set(tile_rows[r].limit));
+        for (int r = 0; r < kRows; ++r) under |= less(min(a[r], b[r]), set(limit[r]));
         if (__builtin_expect(under != 0, 0)) {
           const int64_t at = p * kPanel + u;
 #pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) {
-            if (less(min(a[r], b[r]), set(tile_rows[r].limit)))
-              collect(e, &tile_rows[r], a[r], b[r], plan.slack + at, plan.id + at);
+            if (less(min(a[r], b[r]), set(limit[r])))
+              collect(e, &rows[t * kRows + r], &limit[r], a[r], b[r], plan.slack + at, plan.id + at);
           }
         }
       }
     }
   }
-  for (int64_t r = 0; r < tile_count * kRows; ++r) compact(&rows[r], rows[r].limit);
+  for (int64_t r = 0; r < tile_count * kRows; ++r) compact(&rows[r], limits[r]);
   settle_rows(e, rows, (int)(tile_count * kRows));
 }
 
@@ -190,150 +193,273 @@ inline float full_distance(const float* x, const float* c, int64_t dim) {
 
 // What is known of one row while its panels are visited.
 struct Search {
-  const PanelPlan& plan;
-  const ExactCodes& exact;
+  const PanelPlan* plan;
+  const ExactCodes* exact;
   const float* x;          // what full evaluation subtracts codes from
   const PanelQuery* query;
   Row* row;
   float upper;             // upper bound of the smallest squared distance
-  float screen_limit;      // a screened score under it survives
-  float box_limit;         // a box nearer than it is visited
-  int32_t nearest;         // code of that upper bound, for the next row's start
+  float* screen_limit;     // a screened score under it survives
+  float* box_limit;        // a box nearer than it is visited
+  float slack, excess;     // of this row, in squared distance
   int64_t evaluations;
 };
 
-inline void set_limits(Search& s) {
-  const float norm = s.query->norm;
-  float square = 0;
-  for (int j = 0; j < s.plan.width; ++j) square += s.query->coordinate[j] * s.query->coordinate[j];
-  const float slack = s.plan.screen_rel * norm + s.plan.tiny;
-  s.screen_limit = 0.5f * (s.upper - norm) + slack;
-  const float excess = square > norm ? square - norm : 0.0f;
+inline void set_limits(Search* s) {
+  *s->screen_limit = 0.5f * (s->upper - s->query->norm) + s->slack;
   // 64 roundings of the box distance at most.
-  s.box_limit = (s.upper + excess + slack) * (1.0f + 64.0f * 6e-8f);
+  *s->box_limit = (s->upper + s->excess + s->slack) * (1.0f + 64.0f * 6e-8f);
 }
 
-inline void evaluate(Search& s, int32_t code) {
-  ++s.evaluations;
-  const float square = full_distance(s.x, s.plan.codes + (int64_t)code * s.plan.ld, s.plan.dim);
+inline void start_search(Search* s, const PanelPlan* plan, const ExactCodes* exact, Row* row, const float* exact_row,
+                         const float* x, const PanelQuery* query, float* screen_limit, float* box_limit) {
+  s->plan = plan;
+  s->exact = exact;
+  s->x = x;
+  s->query = query;
+  s->row = row;
+  row->exact = exact_row;
+  row->best = __builtin_inf();
+  row->index = INT64_MAX;
+  row->count = 0;
+  s->upper = __builtin_huge_valf();
+  s->screen_limit = screen_limit;
+  s->box_limit = box_limit;
+  float square = 0;
+  for (int j = 0; j < plan->width; ++j) square += query->coordinate[j] * query->coordinate[j];
+  s->slack = plan->screen_rel * query->norm + plan->tiny;
+  s->excess = square > query->norm ? square - query->norm : 0.0f;
+  s->evaluations = 0;
+  set_limits(s);
+}
+
+inline float with_slack(const PanelPlan& plan, float upper) { return upper * (1.0f + 2e-7f) + plan.tiny; }
+
+inline void evaluate(Search* s, int32_t code) {
+  const PanelPlan& plan = *s->plan;
+  ++s->evaluations;
+  const float square = full_distance(s->x, plan.codes + (int64_t)code * plan.ld, plan.dim);
   float low, high;
-  if (s.plan.radius == 0.0f) {
-    low = square * (1.0f - s.plan.full_rel) - s.plan.tiny;
-    high = square * (1.0f + s.plan.full_rel) + s.plan.tiny;
+  if (plan.radius == 0.0f) {
+    low = square * (1.0f - plan.full_rel) - plan.tiny;
+    high = square * (1.0f + plan.full_rel) + plan.tiny;
   } else {
     const float root = __builtin_sqrtf(square);
-    const float inner = root * (1.0f - s.plan.full_rel) - s.plan.radius;
-    const float outer = root * (1.0f + s.plan.full_rel) + s.plan.radius;
+    const float inner = root * (1.0f - plan.full_rel) - plan.radius;
+    const float outer = root * (1.0f + plan.full_rel) + plan.radius;
     low = inner > 0 ? inner * inner : 0.0f;
     high = outer * outer;
   }
-  if (!(low <= s.upper)) return;
-  if (high < s.upper) {
-    s.upper = high;
-    s.nearest = code;
+  if (!(low <= s->upper)) return;
+  if (high < s->upper) {
+    s->upper = high;
     set_limits(s);
   }
-  append(s.exact, s.row, code, low, s.upper * (1.0f + 2e-7f) + s.plan.tiny);
+  append(*s->exact, s->row, code, low, with_slack(plan, s->upper));
+}
+
+// Rows that lie close together, searched side by side: they visit the same panels, so that every branch and every load of a panel
+// serves all of them.
+constexpr int kNear = 4;
+constexpr uint32_t kQueue = 64, kWaiting = 12;
+
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
 template <int kWidth>
-inline void screen_panel(Search& s, int64_t panel, int32_t skip) {
-  const float* at = s.plan.panels + panel * kWidth * kPanel;
-  const float* start = s.plan.start + panel * kPanel;
-  const int32_t* id = s.plan.id + panel * kPanel;
-  uint32_t hits = 0;
-  for (int u = 0; u < kPanel; u += kUnit) {
-    V a = load(start + u), b = load(start + u + W);
-#pragma GCC unroll 17
-    for (int j = 0; j < kWidth; ++j) {
-      const V q = set(s.query->coordinate[j]);
-      a = fnma(q, load(at + j * kPanel + u), a);
-      b = fnma(q, load(at + j * kPanel + u + W), b);
-    }
-    const V limit = set(s.screen_limit);
-    hits |= (less(a, limit) | (less(b, limit) << W)) << u;
+struct Tile {
+  float q[kWidth * kNear];           // coordinates [kWidth, kNear]
+  float screen_limit[kNear], box_limit[kNear];
+  int32_t skip[kNear];               // code that was evaluated before the panels: the warm start
+  Search search[kNear];
+  Row row[kNear];
+  // Survivors that wait while their code is on its way from memory.
+  struct Hit {
+    int32_t row, code;
+    float score;
+  };
+  Hit queue[kQueue];
+  uint32_t head, tail;
+};
+
+// Evaluate the oldest survivors until `left` wait; by then a better bound may have ruled them out.
+template <int kWidth>
+inline void drain(Tile<kWidth>& t, uint32_t left) {
+  while (t.tail - t.head > left) {
+    const auto hit = t.queue[t.head++ % kQueue];
+    if (hit.score < t.screen_limit[hit.row]) evaluate(&t.search[hit.row], hit.code);
   }
+}
+
+template <int kWidth>
+__attribute__((noinline)) void enqueue(Tile<kWidth>& t, const PanelPlan& plan, int r, V a, V b, const int32_t* id) {
+  float scores[kUnit];
+  store(scores, a);
+  store(scores + W, b);
+  const V limit = set(t.screen_limit[r]);
+  uint32_t hits = less(a, limit) | (less(b, limit) << W);
+  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
   while (hits) {
-    const int32_t code = id[__builtin_ctz(hits)];
+    const int lane = __builtin_ctz(hits);
     hits &= hits - 1;
-    if (code != skip) evaluate(s, code);
+    if (id[lane] == t.skip[r]) continue;
+    if (t.tail - t.head == kQueue) drain(t, kWaiting);
+    fetch(plan.codes + (int64_t)id[lane] * plan.ld, bytes);
+    t.queue[t.tail++ % kQueue] = {r, id[lane], scores[lane]};
   }
 }
 
-// Which of 16 boxes lie nearer than the limit.
+// Evaluate one code per row, t.skip, before any panel is visited.
 template <int kWidth>
-inline uint32_t near_boxes(const float* low, const float* high, const float* allowance, const PanelQuery* query, float limit) {
+inline void bound_by_codes(Tile<kWidth>& t, const PanelPlan& plan, int used) {
+  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
+  for (int r = 0; r < used; ++r)
+    if (t.skip[r] >= 0) fetch(plan.codes + (int64_t)t.skip[r] * plan.ld, bytes);
+  for (int r = 0; r < used; ++r)
+    if (t.skip[r] >= 0) evaluate(&t.search[r], t.skip[r]);
+}
+
+// A first bound for every row: the most promising code of one panel. Their codes are fetched together.
+template <int kWidth>
+inline void bound_by_panel(Tile<kWidth>& t, const PanelPlan& plan, int64_t panel, int used) {
+  float best[kNear];
+  for (int r = 0; r < kNear; ++r) best[r] = __builtin_huge_valf();
+  for (int u = 0; u < kPanel; u += kUnit) {
+    V a[kNear], b[kNear];
+    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, t.q, kWidth, a, b);
+#pragma GCC unroll 4
+    for (int r = 0; r < kNear; ++r) {
+      const float least = smallest(min(a[r], b[r]));
+      if (!(least < best[r])) continue;
+      best[r] = least;
+      const int lane = __builtin_ctz(equal(a[r], set(least)) | (equal(b[r], set(least)) << W));
+      t.skip[r] = plan.id[panel * kPanel + u + lane];
+    }
+  }
+  bound_by_codes(t, plan, used);
+}
+
+template <int kWidth>
+inline void visit_panel(Tile<kWidth>& t, const PanelPlan& plan, int64_t panel) {
+  for (int u = 0; u < kPanel; u += kUnit) {
+    V a[kNear], b[kNear];
+    const int32_t* id = plan.id + panel * kPanel + u;
+    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, t.q, kWidth, a, b);
+    uint32_t under = 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kNear; ++r) under |= less(min(a[r], b[r]), set(t.screen_limit[r]));
+    if (under) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kNear; ++r) {
+        if (!less(min(a[r], b[r]), set(t.screen_limit[r]))) continue;
+        enqueue(t, plan, r, a[r], b[r], id);
+      }
+    }
+  }
+  drain(t, kWaiting);
+}
+
+// Which of 16 boxes lie nearer to some row of the tile than that row's limit.
+template <int kWidth>
+inline uint32_t near_boxes(const float* low, const float* high, const float* allowance, const Tile<kWidth>& t) {
   uint32_t near = 0;
   for (int u = 0; u < kPanelGroup; u += W) {
-    V acc = sub(set(0), load(allowance + u));
-#pragma GCC unroll 17
+    V acc[kNear];
+    const V start = sub(set(0), load(allowance + u));
+#pragma GCC unroll 4
+    for (int r = 0; r < kNear; ++r) acc[r] = start;
     for (int j = 0; j < kWidth; ++j) {
-      const V q = set(query->coordinate[j]);
-      const V out = max(max(sub(load(low + j * kPanelGroup + u), q), sub(q, load(high + j * kPanelGroup + u))), set(0));
-      acc = fma(out, out, acc);
+      const V lo = load(low + j * kPanelGroup + u), hi = load(high + j * kPanelGroup + u);
+#pragma GCC unroll 4
+      for (int r = 0; r < kNear; ++r) {
+        const V q = set(t.q[j * kNear + r]);
+        const V out = max(max(sub(lo, q), sub(q, hi)), set(0));
+        acc[r] = fma(out, out, acc[r]);
+      }
     }
-    near |= less(acc, set(limit)) << u;
+#pragma GCC unroll 4
+    for (int r = 0; r < kNear; ++r) near |= less(acc[r], set(t.box_limit[r])) << u;
   }
   return near;
 }
 
 template <int kWidth>
-inline void visit_panels(Search& s, int32_t first, int32_t skip, PanelCounts* counts) {
-  const PanelPlan& plan = s.plan;
+inline void visit_panels(Tile<kWidth>& t, const PanelPlan& plan, int used, PanelCounts* counts) {
   const int64_t box = (int64_t)kWidth * kPanelGroup;
   for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
     uint32_t groups = near_boxes<kWidth>(plan.group_low + block * box, plan.group_high + block * box,
-                                         plan.group_allowance + block * kPanelGroup, s.query, s.box_limit);
+                                         plan.group_allowance + block * kPanelGroup, t);
     while (groups) {
       const int64_t group = block * kPanelGroup + __builtin_ctz(groups);
       groups &= groups - 1;
       ++counts->groups;
-      uint32_t panels = near_boxes<kWidth>(plan.low + group * box, plan.high + group * box,
-                                           plan.allowance + group * kPanelGroup, s.query, s.box_limit);
+      uint32_t panels = near_boxes<kWidth>(plan.low + group * box, plan.high + group * box, plan.allowance + group * kPanelGroup,
+                                           t);
       while (panels) {
         const int64_t panel = group * kPanelGroup + __builtin_ctz(panels);
         panels &= panels - 1;
-        if (panel == first) continue;
-        ++counts->panels;
-        screen_panel<kWidth>(s, panel, skip);
+        counts->panels += used;
+        if (panels) {  // the next one, while this one is scored
+          const int64_t next = group * kPanelGroup + __builtin_ctz(panels);
+          fetch(plan.panels + next * kWidth * kPanel, kWidth * kPanel * 4);
+          fetch(plan.start + next * kPanel, kPanel * 4);
+        }
+        visit_panel<kWidth>(t, plan, panel);
       }
     }
   }
 }
 
-constexpr int kPending = 16;  // rows whose candidates are settled together
+template <int kWidth>
+inline void start_tile(Tile<kWidth>& t, const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld,
+                       const float* rows, int64_t ld, const PanelQuery* queries, const int32_t* order, int used) {
+  for (int r = 0; r < kNear; ++r) {
+    const int64_t row = order[r < used ? r : 0];
+    start_search(&t.search[r], &plan, &e, &t.row[r], exact_rows + row * exact_ld, rows + row * ld, queries + row, &t.screen_limit[r],
+                 &t.box_limit[r]);
+    for (int j = 0; j < kWidth; ++j) t.q[j * kNear + r] = queries[row].coordinate[j];
+    t.skip[r] = -1;
+    if (r >= used) t.screen_limit[r] = t.box_limit[r] = -__builtin_huge_valf();
+  }
+}
+
+constexpr int kAhead = 2 * kNear;  // rows whose data is fetched ahead: their order is not that of memory
 
 template <int kWidth>
-void search_panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows,
-                   int64_t ld, const PanelQuery* queries, const int32_t* order, const int32_t* first_panel,
-                   const int64_t* guess, int64_t n, double* score, int64_t* index, PanelCounts* counts) {
-  Row pending[kPending];
-  int32_t previous = -1;
-  for (int64_t i0 = 0; i0 < n; i0 += kPending) {
-    const int m = n - i0 < kPending ? (int)(n - i0) : kPending;
-    for (int i = 0; i < m; ++i) {
-      const int64_t r = order[i0 + i];
-      Row* row = &pending[i];
-      row->exact = exact_rows + r * exact_ld;
-      row->best = __builtin_inf();
-      row->index = INT64_MAX;
-      row->count = 0;
-      Search s{plan, e, rows + r * ld, queries + r, row, __builtin_huge_valf(), 0, 0, -1, 0};
-      set_limits(s);
-      const int32_t warm = guess ? (int32_t)guess[r] : previous;
-      if (warm >= 0) evaluate(s, warm);
-      ++counts->panels;
-      screen_panel<kWidth>(s, first_panel[r], warm);
-      visit_panels<kWidth>(s, first_panel[r], warm, counts);
-      compact(row, s.upper * (1.0f + 2e-7f) + plan.tiny);
-      counts->evaluations += s.evaluations;
-      counts->candidates += row->count;
-      previous = s.nearest;
+void search_tiles(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows,
+                  int64_t ld, const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess,
+                  int64_t n, double* score, int64_t* index, PanelCounts* counts) {
+  Tile<kWidth> t;
+  t.head = t.tail = 0;
+  const int64_t row_bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
+  for (int64_t i = 0; i < n; i += kNear) {
+    const int used = n - i < kNear ? (int)(n - i) : kNear;
+    for (int r = 0; r < kNear && i + r + kAhead < n; ++r) {
+      const int64_t next = order[i + r + kAhead];
+      fetch(queries + next, sizeof(PanelQuery));
+      fetch(rows + next * ld, row_bytes);
     }
-    settle_rows(e, pending, m);
-    for (int i = 0; i < m; ++i) {
-      score[order[i0 + i]] = pending[i].best;
-      index[order[i0 + i]] = pending[i].index;
+    start_tile<kWidth>(t, plan, e, exact_rows, exact_ld, rows, ld, queries, order + i, used);
+    if (guess) {
+      for (int r = 0; r < used; ++r) t.skip[r] = (int32_t)guess[order[i + r]];
+      bound_by_codes(t, plan, used);
+    }
+    // Rows without a bound: the panel that the middle row falls into is near enough to all of them.
+    bool bounded = guess != nullptr;
+    for (int r = 0; r < used; ++r) bounded = bounded && t.skip[r] >= 0;
+    if (!bounded) bound_by_panel(t, plan, first_panel[order[i + used / 2]], used);
+    visit_panels<kWidth>(t, plan, used, counts);
+    drain(t, 0);
+    for (int r = 0; r < used; ++r) {
+      compact(&t.row[r], with_slack(plan, t.search[r].upper));
+      counts->evaluations += t.search[r].evaluations;
+      counts->candidates += t.row[r].count;
+    }
+    settle_rows(e, t.row, used);
+    for (int r = 0; r < used; ++r) {
+      score[order[i + r]] = t.row[r].best;
+      index[order[i + r]] = t.row[r].index;
     }
   }
   counts->rows += n;
@@ -342,19 +468,12 @@ void search_panels(const PanelPlan& plan, const ExactCodes& e, const float* exac
 void panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
             const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
             double* score, int64_t* index, PanelCounts* counts) {
-  switch (plan.width) {
-    case 5:
-      return search_panels<5>(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
-    case 9:
-      return search_panels<9>(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
-    default:
-      return search_panels<17>(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
-  }
+  const auto search = plan.width == 5 ? search_tiles<5> : plan.width == 9 ? search_tiles<9> : search_tiles<17>;
+  search(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
 }
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
 
-// Coordinates of a centred row, four directions at a time so that the row is read few times.
 inline float direction_dot(const float* row, const float* centre, const float* direction, int64_t dim) {
   V s0 = set(0), s1 = set(0);
   int64_t d = 0;
@@ -370,18 +489,46 @@ inline float direction_dot(const float* row, const float* centre, const float* d
   return sum(add(s0, s1));
 }
 
-void project(const float* row, const float* centre, const float* basis, int64_t ld_basis, int directions, int64_t dim,
-             float rest_rel, PanelQuery* out) {
-  const float norm = full_distance(row, centre, dim);
+// All coordinates of a centred row in one pass over it.
+template <int kDirections>
+inline void project_all(const float* row, const float* centre, const float* basis, int64_t ld, int64_t dim, float rest_rel,
+                        PanelQuery* out) {
+  V y[kDirections], square = set(0);
+#pragma GCC unroll 16
+  for (int j = 0; j < kDirections; ++j) y[j] = set(0);
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    const V x = sub(load(row + d), load(centre + d));
+    square = fma(x, x, square);
+#pragma GCC unroll 16
+    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load(basis + j * ld + d), y[j]);
+  }
+  if (d < dim) {
+    const int n = (int)(dim - d);
+    const V x = sub(load_part(row + d, n), load_part(centre + d, n));
+    square = fma(x, x, square);
+#pragma GCC unroll 16
+    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load_part(basis + j * ld + d, n), y[j]);
+  }
+  const float norm = sum(square);
   float kept = 0;
-  for (int j = 0; j < directions; ++j) {
-    const float y = direction_dot(row, centre, basis + j * ld_basis, dim);
-    out->coordinate[j] = y;
-    kept += y * y;
+#pragma GCC unroll 16
+  for (int j = 0; j < kDirections; ++j) {
+    out->coordinate[j] = sum(y[j]);
+    kept += out->coordinate[j] * out->coordinate[j];
   }
   const float rest = norm * (1.0f + rest_rel) - kept;
-  out->coordinate[directions] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
+  out->coordinate[kDirections] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
   out->norm = norm;
+}
+
+void project(const float* row, const float* centre, const float* basis, int64_t ld, int directions, int64_t dim, float rest_rel,
+             PanelQuery* out) {
+  switch (directions) {
+    case 4: return project_all<4>(row, centre, basis, ld, dim, rest_rel, out);
+    case 8: return project_all<8>(row, centre, basis, ld, dim, rest_rel, out);
+    default: return project_all<16>(row, centre, basis, ld, dim, rest_rel, out);
+  }
 }
 
 void apply_covariance(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out) {
@@ -399,23 +546,19 @@ void apply_covariance(const float* row, const float* centre, const float* basis,
 
 uint64_t inspect(const float* row, int64_t dim, bool* finite) {
   bool good = true;
-  int64_t d = 0;
-  uint64_t h[4] = {0x9E3779B97F4A7C15ull, 0xBF58476D1CE4E5B9ull, 0x94D049BB133111EBull, 0xD6E8FEB86659FD93ull};
-  float values[W];
-  for (; d < dim; d += W) {
+  H hash = hash_start();
+  for (int64_t d = 0; d < dim; d += W) {
     const int n = dim - d < W ? (int)(dim - d) : W;
     const V v = add(n == W ? load(row + d) : load_part(row + d, n), set(0));  // -0 becomes +0
     good = good && all_finite(v);
-    store(values, v);
-    uint64_t word;
-    for (int i = 0; i < W; i += 2) {
-      __builtin_memcpy(&word, values + i, 8);
-      h[(i / 2) & 3] = (h[(i / 2) & 3] ^ word) * 0x9FB21C651E98DF25ull;
-      h[(i / 2) & 3] ^= h[(i / 2) & 3] >> 29;
-    }
+    hash = hash_mix(hash, v);
   }
   *finite = good;
-  return h[0] ^ (h[1] << 1 | h[1] >> 63) ^ (h[2] << 2 | h[2] >> 62) ^ (h[3] << 3 | h[3] >> 61);
+  uint32_t lanes[W];
+  hash_store(lanes, hash);
+  uint64_t total = 0x9E3779B97F4A7C15ull;
+  for (int i = 0; i < W; ++i) total = (total ^ lanes[i]) * 0x9FB21C651E98DF25ull, total ^= total >> 31;
+  return total;
 }
 
 double centred_norm(const float* row, const float* centre, int64_t dim) {
