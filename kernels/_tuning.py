@@ -30,7 +30,7 @@ def resolve(row: int) -> dict:
     """
     if _INTERPRETED:
         return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(row, 64), "BLOCK_ALL": 256}
-    return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16, "BLOCK_ALL": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 16, "BLOCK_ALL": 16, "num_warps": 8, "num_stages": 2}
 
 
 def step(dim: int) -> dict:
@@ -42,7 +42,7 @@ def step(dim: int) -> dict:
 def sums(dim: int) -> dict:
     """Tiles of code sums: BLOCK rows of one code a program, ROWS at a time; one chunk of components where they fit."""
     block_d = min(power_of_two(dim), 256)
-    return {"BLOCK": 512, "ROWS": 512 if _INTERPRETED else max(4, 2048 // block_d), "BLOCK_D": block_d}
+    return {"BLOCK": 512, "ROWS": 512 if _INTERPRETED else min(64, max(4, 2048 // block_d)), "BLOCK_D": block_d}
 
 
 class Screen(NamedTuple):

@@ -19,7 +19,7 @@ from . import _tuning
 from ._triton import cdiv, on_device
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "groups", "per_group"])
 def _keys_kernel(indices, keys, rows, groups, per_group, K, BLOCK: tl.constexpr):
     """keys[r] = g (K + 1) + code, with code K for every row that is left out."""
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

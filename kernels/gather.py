@@ -11,7 +11,7 @@ from . import _tuning
 from ._triton import cdiv, on_device
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "groups", "per_group"])
 def _gather_kernel(
     codebook, stride_g, stride_k, stride_d, K, D,
     indices, out, rows, groups, per_group,
