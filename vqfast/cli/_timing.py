@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vqfast
+from vqfast import reference
 from vqfast.nn import VectorQuantizerEMA
 
 
@@ -88,20 +89,45 @@ def compare_steps(z: Tensor, codebook: Tensor, repeats: int = 15) -> StepTimes:
     return StepTimes(times["ours"], times["plain"], agreement)
 
 
+BURST_SECONDS = 0.05  # what is faster runs three times in a row per turn, so that most samples find their data in the cache
+
+
 def in_turns(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of each piece of work; they take turns, so a busy machine slows all of them."""
-    for call in work.values():
+    bursts = {}
+    for name, call in work.items():
         call()
-        call()
+        bursts[name] = 3 if _seconds(call, device) < BURST_SECONDS else 1
     samples: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, call in work.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            samples[name].append(1000 * (time.perf_counter() - start))
+            time.sleep(0.005)  # libraries bring their own thread pools; the last one's threads spin for a while
+            samples[name] += [1000 * _seconds(call, device) for _ in range(bursts[name])]
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def check_codes(indices: Tensor, x: Tensor, codebook: Tensor, sample: int = 1024) -> None:
+    """Compares the codes of up to `sample` evenly spaced rows of x [N, D] with the float64 oracle.
+
+    Raises:
+        RuntimeError: a code is wrong; then there is nothing worth timing.
+    """
+    some = torch.arange(0, len(x), max(1, len(x) // sample), device=x.device)
+    truth = reference.nearest(x[some][None, None], codebook[None], 0)[1][0, 0]
+    wrong = int((indices[some] != truth).sum())
+    if wrong:
+        raise RuntimeError(
+            f"the search chose a wrong code for {wrong} of {len(some)} rows, so it is not timed; please report this "
+            f"with the output of `vqfast doctor`\n{vqfast.explain('nearest', x, codebook)}"
+        )
 
 
 def true_nearest(z: Tensor, codebook: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Makes the files of bench/data: what a trained encoder gives its quantizer, and codebooks that fit it.
+
+    vqfast train --preset cifar10 --out RUN
+    python bench/make_latents.py RUN [--pictures FOLDER]
+
+RUN is a run's folder, a checkpoint, or a folder from save_pretrained, of a model whose first quantizer has 64 channels.
+The codebook with 65,536 codes is too large for the repository; it goes to the user's cache folder (see `latents.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from latents import CODES, FOLDER, LARGE, ROWS, codes_file, rows_file
+from safetensors.torch import save_file
+
+import vqfast
+from vqfast.data import CIFAR10, default_folder
+from vqfast.models import pixels_to_float
+from vqfast.tokens import model_hash
+from vqfast.train.runs import find_model
+
+ITERATIONS = 10  # of k-means; more changes the mean squared distance by less than 1 %
+FILE_ROWS = 8192  # 1.0 MiB of float16
+
+
+@torch.no_grad()
+def encoder_rows(model: torch.nn.Module, pixels: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first `rows` vectors [rows, D] that the model's first quantizer is given for these pictures."""
+    got: list[torch.Tensor] = []
+    # The model's own path up to the quantizer, whatever lies before it; channels stand second there.
+    hook = model.quantizers[0].register_forward_pre_hook(
+        lambda layer, args: got.append(args[0].movedim(1, -1).flatten(0, -2))
+    )
+    for batch in pixels.split(128):
+        model(pixels_to_float(batch))
+        if sum(map(len, got)) >= rows:
+            break
+    hook.remove()
+    found = torch.cat(got)[:rows].contiguous()
+    if len(found) < rows:
+        raise SystemExit(f"these pictures give {len(found)} rows, but {rows} are needed")
+    return found
+
+
+def save(path: Path, values: torch.Tensor, about: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"values": values.half().contiguous()}, path, metadata=about)
+    print(f"{path}: {list(values.shape)} float16, {path.stat().st_size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--pictures", type=Path, default=default_folder("cifar10"), help="CIFAR-10's binary files")
+    args = parser.parse_args()
+    model, _, source = find_model(args.run)
+    about = {"model": f"preset cifar10, {Path(source).name}", "weights": model_hash(model.state_dict())}
+
+    held_out = encoder_rows(model, CIFAR10(args.pictures, train=False).pixels, ROWS)
+    for part, values in enumerate(held_out.split(FILE_ROWS)):
+        save(FOLDER / rows_file(part), values, about | {"what": f"encoder outputs of held-out pictures, part {part}"})
+
+    # All rows of a picture resemble each other, so codes come from a random draw over many pictures.
+    many = encoder_rows(model, CIFAR10(args.pictures, train=True).pixels, 4 * 65_536)
+    many = many[torch.randperm(len(many), generator=torch.Generator().manual_seed(0))]
+    save(LARGE, many[:65_536], about | {"what": "encoder outputs of training pictures, as codes"})
+    for size in CODES:
+        found = vqfast.kmeans(many[:131_072], size, iterations=ITERATIONS)
+        what = f"k-means of training pictures' encoder outputs, root mean square distance {math.sqrt(found.inertia):.4f}"
+        save(FOLDER / codes_file(size), found.codebook, about | {"what": what})
+
+    spectrum = torch.linalg.eigvalsh(torch.cov(held_out.double().T)).flip(0)
+    shares = ", ".join(f"{100 * spectrum[:p].sum() / spectrum.sum():.1f} % in {p}" for p in (4, 8, 16))
+    print(f"variance of the held-out rows in the first principal directions: {shares}")
+
+
+if __name__ == "__main__":
+    main()
