@@ -207,8 +207,10 @@ def test_the_cpu_library_uses_torch_only_through_the_stable_abi(cpu_library):
 
 
 def test_the_cpu_library_needs_no_newer_torch_than_promised(cpu_library):
-    pytest.importorskip("torch_abi_audit")
-    report = run(sys.executable, "-m", "torch_abi_audit", cpu_library, "--check", "torch").stdout
+    audit = Path(sys.executable).with_name("torch-abi-audit")
+    if not audit.exists():
+        pytest.skip("the package torch-abi-audit is not installed")
+    report = run(audit, cpu_library, "--check", "torch").stdout
     assert "STABLE" in report
     (oldest,) = re.findall(r"Min torch:\s+(\d+)\.(\d+)", report)
     assert tuple(map(int, oldest)) <= (2, 11)
