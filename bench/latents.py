@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "data"
 LARGE = default_folder("latents") / "cifar10_train_65536.safetensors"  # 8.4 MB, made on demand, not in the repository
 ROWS = 16_384
 CODES = (512, 1024, 8192)
+LEVELS, RESIDUAL = 8, "cifar10_residual_8x1024.safetensors"
 
 
 def rows_file(part: int) -> str:
@@ -40,3 +41,8 @@ def load_codes(size: int) -> torch.Tensor:
         hint = "python bench/make_latents.py RUN makes that one" if size == 65_536 else f"there are {CODES} and 65536"
         raise ValueError(f"there is no codebook with {size} codes on this machine: {hint}")
     return load_file(LARGE if size == 65_536 else FOLDER / codes_file(size))["values"].float()
+
+
+def load_residual_codes() -> torch.Tensor:
+    """Residual codebooks [8, 1024, 64] made from training pictures."""
+    return load_file(FOLDER / RESIDUAL)["values"].float()

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 import torch
-from latents import CODES, FOLDER, LARGE, ROWS, codes_file, rows_file
+from latents import CODES, FOLDER, LARGE, LEVELS, RESIDUAL, ROWS, codes_file, rows_file
 from safetensors.torch import save_file
 
 import vqfast
@@ -72,6 +72,14 @@ def main() -> None:
         found = vqfast.kmeans(many[:131_072], size, iterations=ITERATIONS)
         what = f"k-means of training pictures' encoder outputs, root mean square distance {math.sqrt(found.inertia):.4f}"
         save(FOLDER / codes_file(size), found.codebook, about | {"what": what})
+
+    levels, rest = [], many[:65_536]
+    for _ in range(LEVELS):
+        found = vqfast.kmeans(rest, 1024, iterations=ITERATIONS)
+        levels.append(found.codebook)
+        rest = rest - found.codebook[found.indices]
+    what = "residual k-means of training pictures' encoder outputs, one level after the other"
+    save(FOLDER / RESIDUAL, torch.stack(levels), about | {"what": what})
 
     spectrum = torch.linalg.eigvalsh(torch.cov(held_out.double().T)).flip(0)
     shares = ", ".join(f"{100 * spectrum[:p].sum() / spectrum.sum():.1f} % in {p}" for p in (4, 8, 16))

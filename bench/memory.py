@@ -1,0 +1,50 @@
+"""Peak extra memory of one search, measured in a process of its own.
+
+    python bench/memory.py METHOD DATA N K        prints MiB above what was resident before the call
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from shapes import Shape
+
+from vqfast.cli._peers import searches
+
+
+def peak_mib(method: str, shape: Shape, threads: int | None = None) -> float:
+    """MiB by which one search raises the process's high-water mark (VmHWM), after a small one has warmed it up."""
+    command = [sys.executable, __file__, method, shape.data, str(shape.rows), str(shape.codes)]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise RuntimeError(f"memory of {method} on {shape.name} was not measured: {done.stderr[-500:]}")
+    return float(done.stdout)
+
+
+def status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; this needs Linux")
+
+
+def main(method: str, data: str, rows: int, codes: int) -> None:
+    x, codebook = Shape(data, rows, codes).load()
+    searches(x[:64], codebook[:64].contiguous(), compiled=False)[method]()
+    call = searches(x, codebook, compiled=False)[method]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+    except OSError:
+        pass  # then it can only read too high
+    before = status("VmRSS")
+    call()
+    print(status("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
