@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gather import gather_triton
 from .quantize import _step
 
 
 def residual_triton(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: int, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: int, with_sums: bool, with_rows: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [B, G, N, D], codebooks [Q, G, K, D] -> as quantize, each output but the first and last with a leading Q.
 
     The rest of a row is float32 at every level.
@@ -26,4 +27,7 @@ def residual_triton(
         rest = following
     sq_error, indices, sums, counts, nonfinite = zip(*levels)
     sums = torch.stack(sums) if with_sums else sums[0]
-    return total.to(x.dtype), torch.stack(sq_error), torch.stack(indices), sums, torch.stack(counts), nonfinite[0]
+    rows = codebooks.new_empty(0)
+    if with_rows:
+        rows = torch.stack([gather_triton(codebook, chosen) for codebook, chosen in zip(codebooks, indices)])
+    return total.to(x.dtype), torch.stack(sq_error), torch.stack(indices), sums, torch.stack(counts), nonfinite[0], rows

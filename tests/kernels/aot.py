@@ -185,7 +185,8 @@ def main() -> int:
                 print(f"{arch} {label:60s} registers {row['registers']:4d} spills {row['spills']:5d} shared {row['shared']:7d}")
     lock = json.loads(LOCK.read_text()) if LOCK.exists() else {}
     if options.write:
-        lock[version()] = lock.get(version(), {}) | measured
+        old = lock.get(version(), {}) if options.only else {}
+        lock[version()] = old | {arch: old.get(arch, {}) | rows for arch, rows in measured.items()}
         LOCK.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n")
         print(f"wrote {sum(map(len, measured.values()))} kernels of Triton {version()} to {LOCK}")
         return 0
