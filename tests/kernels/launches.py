@@ -49,5 +49,5 @@ ALL = [
     ("ema_update/frozen", update(torch.zeros(1, 256, dtype=torch.bool))),
     *((f"quantize/D{dim}", step(dim)) for dim in (64, 512)),
     ("quantize/mask/bf16/D64", step(64, torch.bfloat16, torch.zeros(1, 512, dtype=torch.bool))),
-    ("residual/D64", lambda: residual.residual_triton(rows(64), torch.zeros(3, 1, 256, 64), None, 0, True)),
+    ("residual/D64", lambda: residual.residual_triton(rows(64), torch.zeros(3, 1, 256, 64), None, 0, True, False)),
 ]  # fmt: skip

@@ -209,9 +209,9 @@ def test_quantize_writes_what_the_reference_writes(dtype):
 def test_residual_writes_what_the_reference_writes():
     x, codebooks = problem(2, 2, 40, 20, 30, seed=18)[0], cases.normal(3, 2, 30, 20, seed=19)
     mask = torch.rand(2, 40, generator=cases.generator(20)) > 0.3
-    got = kernels("residual").residual_triton(*put(x, codebooks, mask), 0, True)
-    expected = reference.residual(x, codebooks, mask, 0, True)
-    for name, a, b in zip(("quantized", "sq_error", "indices", "sums", "counts", "nonfinite"), got, expected):
+    got = kernels("residual").residual_triton(*put(x, codebooks, mask), 0, True, True)
+    expected = reference.residual(x, codebooks, mask, 0, True, True)
+    for name, a, b in zip(("quantized", "sq_error", "indices", "sums", "counts", "nonfinite", "rows"), got, expected):
         if name == "sq_error":
             close(a, b, b.abs() * 2.0**-52 * x.numel(), name)
         else:
