@@ -5,6 +5,7 @@ from vqfast._backends import explain, use_backend
 from vqfast.ops.ema import CodeStats, code_stats, ema_update_
 from vqfast.ops.gather import gather
 from vqfast.ops.kmeans import KMeans, kmeans
+from vqfast.ops.masked_conv import masked_conv2d
 from vqfast.ops.nearest import Nearest, nearest
 from vqfast.ops.quantize import Quantized, vector_quantize
 from vqfast.ops.residual import residual_quantize
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "gather",
     "kmeans",
+    "masked_conv2d",
     "nearest",
     "residual_quantize",
     "use_backend",

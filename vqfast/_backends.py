@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from vqfast import _border
 from vqfast._border import BACKENDS
 
 CPU_LEVELS = ("scalar", "avx2", "avx512")
@@ -88,11 +89,12 @@ def _reasons(family: str, backend: str, device: str, dtypes: tuple[torch.dtype, 
     if backend == "reference":
         return ()
     found = []
+    if backend in ("cpu", "cuda"):
+        missing = _load(f"_C_{backend}")
+        found += [missing or _unless(_border.implemented(family, backend), f"{family} has no {backend} kernel")]
     if backend == "cpu":
-        found += [_load("_C_cpu")]
         found += [_unless(device == "cpu", f"its tensors live on {device}, the cpu backend takes cpu tensors")]
     if backend == "cuda":
-        found += [_load("_C_cuda")]
         found += [_unless(device == "cuda", f"its tensors live on {device}, the cuda backend takes cuda tensors")]
     if backend == "triton":
         found += _triton_reasons(family, device)
@@ -191,7 +193,12 @@ def explain(family: str, *tensors: torch.Tensor) -> str:
 
     Example:
         >>> print(vqfast.explain("nearest", x, codebook))
+
+    Raises:
+        ValueError: the family is not known.
     """
+    if family not in _border.families():
+        raise ValueError(f"{family!r} is not an op family; use one of {', '.join(_border.families())}.")
     lines = [f"{family}: runs on {choose(family, None, *tensors)}"]
     for backend in BACKENDS:
         found = reasons(family, backend, *tensors)

@@ -17,6 +17,7 @@ METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 
 _library = torch.library.Library("vqfast", "DEF")
 _ops: dict[str, dict[str, Callable]] = {}
+_families: dict[str, list[str]] = {}
 
 
 def op_name(op: str, backend: str) -> str:
@@ -45,6 +46,7 @@ def define(
         setup_context, backward: the gradient; without them the outputs carry none.
     """
     _ops[op] = {}
+    _families.setdefault(family, []).append(op)
     for backend in BACKENDS:
         name = op_name(op, backend)
         qualified = f"vqfast::{name}"
@@ -67,6 +69,17 @@ def define(
 def call(op: str, backend: str) -> Callable:
     """The op of one backend, ready to be called with the schema's arguments."""
     return _ops[op][backend]
+
+
+def families() -> list[str]:
+    """Op families defined so far."""
+    return sorted(_families)
+
+
+def implemented(family: str, backend: str) -> bool:
+    """True where a loaded library registered every op of `family` for `backend` (cpu or cuda)."""
+    names = [f"vqfast::{op_name(op, backend)}" for op in _families[family]]
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()) for name in names)
 
 
 def _mark_no_gradient(ctx, inputs, output) -> None:

@@ -130,8 +130,7 @@ def _nearest_chunk(x: Tensor, codes: Tensor, metric: int, screen: _Screen) -> tu
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook[g, indices[b, g, n]]; index -1 gives zeros, any other index out of range raises IndexError."""
     g, k, d = codebook.shape
-    if indices.device.type == "cpu" and indices.numel() and (int(indices.min()) < -1 or int(indices.max()) >= k):
-        raise IndexError(index_error(indices, k))
+    _check_range(indices, k)
     b, _, n = indices.shape
     flat = indices.transpose(0, 1).reshape(g, b * n)
     rows = codebook.gather(1, flat.clamp(0, k - 1)[..., None].expand(-1, -1, d))
@@ -139,11 +138,16 @@ def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     return rows.reshape(g, b, n, d).transpose(0, 1).contiguous()
 
 
-def index_error(indices: Tensor, codebook_size: int) -> str:
-    return (
-        f"indices hold values from {int(indices.min())} to {int(indices.max())}, but the codebook has {codebook_size} codes;"
-        f" an index must lie in 0..{codebook_size - 1}, or be -1 for a masked position."
-    )
+def _check_range(indices: Tensor, codebook_size: int) -> None:
+    # Elsewhere than on the CPU the check would wait for the device.
+    if indices.device.type != "cpu" or not indices.numel():
+        return
+    low, high = (int(v) for v in indices.aminmax())
+    if low < -1 or high >= codebook_size:
+        raise IndexError(
+            f"indices hold values from {low} to {high}, but the codebook has {codebook_size} codes; an index must lie in"
+            f" 0..{codebook_size - 1}, or be -1 for a masked position."
+        )
 
 
 # ---- ema -------------------------------------------------------------------------------------------------------------------
@@ -152,6 +156,7 @@ def index_error(indices: Tensor, codebook_size: int) -> str:
 def code_stats(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """sums[g, k] of the rows that chose code k, and their counts; index -1 and rows that are not finite are left out."""
     b, g, n, d = x.shape
+    _check_range(indices, codebook_size)
     rows = x.transpose(0, 1).reshape(g, b * n, d).to(torch.float64)
     flat = indices.transpose(0, 1).reshape(g, b * n)
     keep = (flat >= 0) & rows.isfinite().all(-1)
@@ -220,8 +225,8 @@ def quantize(
 
 
 def residual(
-    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool, with_rows: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Q quantizers in a row, each on what the ones before left over; see vqfast.ops.residual for the outputs."""
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     rest = x.to(work)
@@ -237,4 +242,5 @@ def residual(
     sq_error, indices, sums, counts = (torch.stack(column) for column in columns[1:5])
     if not with_sums:
         sums = sums.flatten()
-    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0]
+    rows = torch.stack([gather(c, i) for c, i in zip(codebooks, indices, strict=True)]) if with_rows else codebooks.new_empty(0)
+    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0], rows

@@ -111,7 +111,7 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
   out.sq_error[0] = out.sq_error[1] = error;
 }
 
-void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out,
+void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, void* chosen,
               const Parallel& parallel) {
   FloatMode mode;
   const int64_t levels = codebooks.size[0], groups = x.size[1], per_batch = x.size[2], count = x.size[0] * per_batch;
@@ -120,6 +120,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
   std::vector<int64_t> index(count), kept(count);
   std::unique_ptr<float[]> rest(new float[std::max<int64_t>(1, count * dim)]), total(new float[std::max<int64_t>(1, count * dim)]);
   const int64_t type_bytes = bytes_of(codebooks.type);
+  const std::vector<float> zeros(dim, 0.0f);
   std::fill(out.sq_error, out.sq_error + 2 * levels, 0.0);
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -145,6 +146,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
                       [&](int64_t i, bool masked, const float* code) {
                         const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
                         indices[at] = masked ? -1 : index[i];
+                        if (chosen) write_row(chosen, q * count * groups + at, codebooks.type, code ? code : zeros.data(), dim);
                         float* sum = total.get() + i * dim;
                         for (int64_t d = 0; d < dim; ++d) {
                           const float value = masked ? 0.0f : code ? code[d] : NAN;

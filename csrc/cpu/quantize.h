@@ -17,8 +17,9 @@ struct StepOutputs {       // of one codebook; canonical layout, contiguous
 void quantize(const View& x, const View& codebook, const bool* mask, Metric metric, const Hints* hints, const StepOutputs& out,
               const Parallel& parallel);
 
-// codebooks [Q, G, K, D]; every output but quantized and nonfinite has a leading Q.
-void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out,
+// codebooks [Q, G, K, D]; every output but quantized and nonfinite has a leading Q. rows [Q, B, G, N, D] in the codebooks' type, or
+// null: the codes that each level chose (0 where masked).
+void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, void* rows,
               const Parallel& parallel);
 
 }  // namespace vqfast

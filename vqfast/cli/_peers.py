@@ -71,7 +71,7 @@ def layers(codebook: Tensor) -> dict[str, nn.Module]:
         options = {"decay": DECAY, "commitment_weight": COMMITMENT, "rotation_trick": False}
         theirs = make(dim=dim, codebook_size=size, **options, **residual)
         parts = theirs.layers if residual else [theirs]
-        for part, codes in zip(parts, codebook.reshape(-1, size, dim)):
+        for part, codes in zip(parts, codebook.reshape(-1, size, dim), strict=True):
             part._codebook.embed.data.copy_(codes[None])
             part._codebook.embed_avg.data.copy_(codes[None])
         found[LAYERS] = theirs

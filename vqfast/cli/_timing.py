@@ -89,7 +89,9 @@ def compare_steps(z: Tensor, codebook: Tensor, repeats: int = 15) -> StepTimes:
     return StepTimes(times["ours"], times["plain"], agreement)
 
 
-BURST_SECONDS = 0.05  # what is faster runs three times in a row per turn, so that most samples find their data in the cache
+BURST_SECONDS = (
+    0.05  # what is faster runs three times in a row per turn, so that most samples find their data in the cache
+)
 
 
 def in_turns(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:

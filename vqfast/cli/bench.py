@@ -1,5 +1,5 @@
-"""``vqfast bench``: the quantizer's speed on this machine, on small shapes, against plain PyTorch and the libraries that
-are installed. The full benchmarks are in bench/ of the repository.
+"""``vqfast bench``: the quantizer's speed on this machine, on small shapes, against plain PyTorch and the libraries
+that are installed. The full benchmarks are in bench/ of the repository.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def run(args) -> int:
             _print_row(f"{size:>7} codes", others)
     if len(others) == 1:
         print(f"        {LAYERS} is not installed")
-    print(f"\n{vqfast.explain('nearest', z, codebook).splitlines()[0]}; medians of {args.repeats} rounds, taken in turns")
+    print(
+        f"\n{vqfast.explain('nearest', z, codebook).splitlines()[0]}; medians of {args.repeats} rounds, taken in turns"
+    )
     return 0
 
 

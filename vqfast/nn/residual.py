@@ -55,12 +55,8 @@ class ResidualVectorQuantizer(VectorQuantizerEMA):
         active = self._levels(num_quantizers)
         return self._forward(z, mask, lambda rows, mask, with_sums: self._search_levels(rows, mask, with_sums, active))
 
-    def _lookup_codebook(self, rows: Tensor) -> Tensor:
-        # Backward walks the levels again and needs the codes as they were before the update that follows.
-        return self.codebook.clone() if self.training and torch.is_grad_enabled() else self.codebook
-
     def _search_levels(self, rows: Tensor, mask: Tensor | None, with_sums: bool, active: int) -> quantize.Step:
-        codebooks = self._lookup_codebook(rows)[:active, None]
+        codebooks = self.codebook[:active, None]
         step = residual.step(rows, codebooks, mask, metric=self.metric_code, with_sums=with_sums)
         missing = self.num_quantizers - active
         counts = nn.functional.pad(step.counts[:, 0], (0, 0, 0, missing))
@@ -109,7 +105,7 @@ class ResidualVectorQuantizer(VectorQuantizerEMA):
             indices = step.indices[min(level, len(step.indices) - 1)]
             pools.append(_revival.candidates(rest, indices, self.updates, self._slots()))
             if level < len(step.indices):
-                rest = rest - gather(self.codebook[level][None], indices)
+                rest = rest - gather(self.codebook[level][None], indices, validate=False)
         return torch.cat(pools)
 
     @torch.no_grad()

@@ -102,8 +102,9 @@ class _Quantizer(QuantizerBase):
         step = search(rows, self._mask_rows(mask, z, like), learns and self._needs_sums())
         counts = step.counts
         if learns:
-            with torch.no_grad():
-                counts = self._collect(rows.detach(), step)
+            # Nothing here carries a gradient. A no_grad() block would say so too, but an exported program that holds one without
+            # outputs cannot be loaded again (torch 2.13).
+            counts = self._collect(rows.detach(), step)
         return self._result(step, counts, like)
 
     def _result(self, step: quantize.Step, counts: Tensor, like: tuple[int, ...]) -> Quantized:
@@ -262,7 +263,8 @@ class VectorQuantizer(_Quantizer):
         codebook = nn.functional.normalize(self.codebook, dim=-1) if self.metric == "cosine" else self.codebook
         if self._any_frozen:
             codebook = torch.where(self.frozen[..., None], codebook.detach(), codebook)
-        return codebook
+        # Backward needs the codes as they were before dead ones are replaced.
+        return codebook.clone() if self.training and self._slots() else codebook
 
     def _codebook_loss(self, codebook_loss: Tensor) -> Tensor:
         return codebook_loss

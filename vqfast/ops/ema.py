@@ -133,8 +133,7 @@ def ema_update_(
     state = [t if codebook.dim() == 3 else t[None] for t in (codebook, cluster_size, cluster_sum, sums, counts)]
     frozen = frozen if frozen is None or codebook.dim() == 3 else frozen[None]
     chosen = _backends.choose("ema", backend, *state[:3])
-    with torch.no_grad():
-        _border.call("ema_update_", chosen)(*state, frozen, decay, eps)
+    _border.call("ema_update_", chosen)(*(t.detach() for t in state), frozen, decay, eps)
     if not torch.compiler.is_compiling():
         # Native kernels write unseen by autograd: a codebook saved for backward must not pass for unchanged.
         torch.autograd.graph.increment_version((codebook, cluster_size, cluster_sum))

@@ -11,7 +11,7 @@ from vqfast.ops import _shapes, quantize
 from vqfast.ops.quantize import Quantized
 
 
-def _fake(x, codebooks, mask, metric, with_sums):
+def _fake(x, codebooks, mask, metric, with_sums, with_rows):
     b, g, n, d = x.shape
     q, _, k, _ = codebooks.shape
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
@@ -22,35 +22,46 @@ def _fake(x, codebooks, mask, metric, with_sums):
         x.new_empty((q, g, k, d) if with_sums else (0,), dtype=work),
         x.new_empty(q, g, k, dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
+        x.new_empty((q, b, g, n, d) if with_rows else (0,), dtype=codebooks.dtype),
     )
 
 
 def _setup_context(ctx, inputs, output):
     x, codebooks, mask = inputs[:3]
+    indices = output[2]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebooks, output[2])
+    # Codebooks that follow a moving average change right after the lookup, so the op hands out the rows that it chose. A gather
+    # here would not do: a compiled graph repeats it in backward, from the codebook as it is then (torch 2.13).
+    ctx.keeps_codebooks = not inputs[5]
+    ctx.codebook_size, ctx.codebook_dtype = codebooks.shape[2], codebooks.dtype
+    ctx.save_for_backward(x, codebooks if ctx.keeps_codebooks else output[6], indices)
     ctx.masked = mask is not None
     ctx.input_count = len(inputs)
 
 
+def _codes(codebooks: Tensor, indices: Tensor) -> list[Tensor]:
+    """Rows that each level chose, each [B, G, N, D]."""
+    gather = _border.call("gather", _backends.choose("gather", None, codebooks))
+    return [gather(codebook, level) for codebook, level in zip(codebooks, indices, strict=True)]
+
+
 def _backward(ctx, grad_quantized, grad_error, *_):
     """The identity into x, and per level the gradient of its squared error; codes of earlier levels are constants."""
-    x, codebooks, indices = ctx.saved_tensors
+    x, kept, indices = ctx.saved_tensors
     grad_x = grad_codebooks = None
     if ctx.needs_input_grad[0] and grad_quantized is not None:
         grad_x = torch.where((indices[0] >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
     if grad_error is not None:
-        work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
-        gather = _border.call("gather", _backends.choose("gather", None, codebooks))
+        work = torch.promote_types(torch.promote_types(x.dtype, ctx.codebook_dtype), torch.float32)
         rest, into_x, into_codes = x.to(work), 0, []
-        for level, codebook in enumerate(codebooks):
-            codes = gather(codebook, indices[level]).to(work)
+        for level, codes in enumerate(_codes(kept, indices) if ctx.keeps_codebooks else kept):
+            codes = codes.to(work)
             difference = quantize.difference(rest, codes, indices[level])
             into_x = into_x + difference * (2 * grad_error[level, 0]).to(work)
             if ctx.needs_input_grad[1]:
-                sums = quantize.scatter(difference, indices[level], codebooks.shape[2])
-                into_codes.append((sums * (-2 * grad_error[level, 1]).to(sums.dtype)).to(codebooks.dtype))
+                sums = quantize.scatter(difference, indices[level], ctx.codebook_size)
+                into_codes.append((sums * (-2 * grad_error[level, 1]).to(sums.dtype)).to(ctx.codebook_dtype))
             rest = rest - codes
         if ctx.needs_input_grad[0]:
             grad_x = into_x.to(x.dtype) if grad_x is None else grad_x + into_x.to(x.dtype)
@@ -61,8 +72,8 @@ def _backward(ctx, grad_quantized, grad_error, *_):
 
 _border.define(
     "residual",
-    "(Tensor x, Tensor codebooks, Tensor? mask, int metric, bool with_sums)"
-    " -> (Tensor quantized, Tensor sq_error, Tensor indices, Tensor sums, Tensor counts, Tensor nonfinite)",
+    "(Tensor x, Tensor codebooks, Tensor? mask, int metric, bool with_sums, bool with_rows)"
+    " -> (Tensor quantized, Tensor sq_error, Tensor indices, Tensor sums, Tensor counts, Tensor nonfinite, Tensor rows)",
     family="residual",
     reference=reference.residual,
     fake=_fake,
@@ -75,8 +86,8 @@ class Residual(torch.autograd.Function):
     """The residual op of one backend with its gradient; the same rules are registered on the op."""
 
     @staticmethod
-    def forward(x, codebooks, mask, metric, with_sums, backend):
-        return _border.call("residual", backend)(x, codebooks, mask, metric, with_sums)
+    def forward(x, codebooks, mask, metric, with_sums, with_rows, backend):
+        return _border.call("residual", backend)(x, codebooks, mask, metric, with_sums, with_rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,10 +102,11 @@ class Residual(torch.autograd.Function):
 def step(x, codebooks, mask=None, *, metric=0, with_sums=False, backend=None) -> quantize.Step:
     """Run the op on canonical shapes: x [B, G, N, D], codebooks [Q, G, K, D]; every output but the first has a leading Q."""
     chosen = _backends.choose("residual", backend, x, codebooks)
-    arguments = (x, codebooks, mask, metric, with_sums)
+    with_rows = torch.is_grad_enabled() and x.requires_grad and not codebooks.requires_grad
+    arguments = (x, codebooks, mask, metric, with_sums, with_rows)
     if torch.compiler.is_compiling():
-        return quantize.Step(*_border.call("residual", chosen)(*arguments))
-    return quantize.Step(*Residual.apply(*arguments, chosen))
+        return quantize.Step(*_border.call("residual", chosen)(*arguments)[:6])
+    return quantize.Step(*Residual.apply(*arguments, chosen)[:6])
 
 
 def residual_quantize(
