@@ -1,6 +1,6 @@
 """Statistics per code and the moving-average update, against the one-hot product that most layers use and index_add.
 
-    pytest bench/bench_ema.py --benchmark-only
+pytest bench/bench_ema.py --benchmark-only
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def bench_code_stats(benchmark, shape, method):
     sums, counts = reference.code_stats(x.double()[None, None], indices[None, None], shape.codes)
     assert torch.equal(found[1].long(), counts[0])
     # One rounding of 2^-24 per addition, of the magnitudes that were added.
-    bound = 2.0**-24 * counts[0][:, None] * reference.code_stats(x.double().abs()[None, None], indices[None, None], shape.codes)[0][0]
+    bound = (
+        2.0**-24
+        * counts[0][:, None]
+        * reference.code_stats(x.double().abs()[None, None], indices[None, None], shape.codes)[0][0]
+    )
     assert ((found[0].double() - sums[0]).abs() <= bound).all()
     benchmark.group = "code_stats"
     timed(benchmark, lambda: METHODS[method](x, indices, shape.codes), shape)
@@ -52,7 +56,9 @@ def bench_ema_update(benchmark, shape, method):
     wanted = [part.double()[None] for part in state]
     call()
     reference.ema_update_(*wanted, sums.double()[None], counts[None], None, 0.99, 1e-5)
-    torch.testing.assert_close(state[0].double(), wanted[0][0], rtol=8 * 2.0**-24, atol=8 * 2.0**-24 * codebook.abs().max().item())
+    torch.testing.assert_close(
+        state[0].double(), wanted[0][0], rtol=8 * 2.0**-24, atol=8 * 2.0**-24 * codebook.abs().max().item()
+    )
     benchmark.group = "ema_update"
     timed(benchmark, call, shape)
 

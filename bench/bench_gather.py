@@ -1,6 +1,6 @@
 """gather (decoding) and its gradient, against torch.nn.functional.embedding.
 
-    pytest bench/bench_gather.py --benchmark-only
+pytest bench/bench_gather.py --benchmark-only
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """nearest, against torch (cdist, expanded, compiled) and FAISS flat, from the bare codebook.
 
-    pytest bench/bench_nearest.py --benchmark-only [-k "latents and K8192"]
+pytest bench/bench_nearest.py --benchmark-only [-k "latents and K8192"]
 """
 
 from __future__ import annotations

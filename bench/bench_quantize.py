@@ -1,6 +1,6 @@
 """The quantizer layer, against vector-quantize-pytorch's: a forward in evaluation, and a whole training step.
 
-    pytest bench/bench_quantize.py --benchmark-only
+pytest bench/bench_quantize.py --benchmark-only
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def main() -> None:
     save(LARGE, many[:65_536], about | {"what": "encoder outputs of training pictures, as codes"})
     for size in CODES:
         found = vqfast.kmeans(many[:131_072], size, iterations=ITERATIONS)
-        what = f"k-means of training pictures' encoder outputs, root mean square distance {math.sqrt(found.inertia):.4f}"
+        what = (
+            f"k-means of training pictures' encoder outputs, root mean square distance {math.sqrt(found.inertia):.4f}"
+        )
         save(FOLDER / codes_file(size), found.codebook, about | {"what": what})
 
     levels, rest = [], many[:65_536]

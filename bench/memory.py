@@ -1,6 +1,6 @@
 """Peak extra memory of one search, measured in a process of its own.
 
-    python bench/memory.py METHOD DATA N K        prints MiB above what was resident before the call
+python bench/memory.py METHOD DATA N K        prints MiB above what was resident before the call
 """
 
 from __future__ import annotations
