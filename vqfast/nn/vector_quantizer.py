@@ -102,9 +102,13 @@ class _Quantizer(QuantizerBase):
         step = search(rows, self._mask_rows(mask, z, like), learns and self._needs_sums())
         counts = step.counts
         if learns:
-            # Nothing here carries a gradient. A no_grad() block would say so too, but an exported program that holds one without
-            # outputs cannot be loaded again (torch 2.13).
-            counts = self._collect(rows.detach(), step)
+            # Nothing here carries a gradient. An exported program that holds a no_grad() block cannot be loaded again, and a
+            # compiled graph without one may mix up its outputs (both torch 2.13).
+            if torch.compiler.is_exporting():
+                counts = self._collect(rows.detach(), step)
+            else:
+                with torch.no_grad():
+                    counts = self._collect(rows.detach(), step)
         return self._result(step, counts, like)
 
     def _result(self, step: quantize.Step, counts: Tensor, like: tuple[int, ...]) -> Quantized:
