@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -35,7 +37,7 @@ def searches(x: Tensor, codebook: Tensor, *, compiled: bool = True) -> dict[str,
         CDIST: lambda: torch.cdist(x, codebook).argmin(-1),
         EXPANDED: lambda: expanded(x, codebook),
     }
-    if compiled:
+    if compiled and (x.is_cuda or shutil.which(os.environ.get("CXX", "g++"))):
         torch.compiler.reset()  # dynamo gives up compiling a function for its ninth shape
         program = torch.compile(expanded, dynamic=False)
         found[COMPILED] = lambda: program(x, codebook)
