@@ -6,6 +6,7 @@ the end, with its reason.
 """
 
 import os
+import zlib
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 from vqfast import _backends  # noqa: E402
 
 REQUIREMENT = {"cpu": "native", "triton": "triton", "cuda": "cuda"}
+INTERPRETER_SHARE = 16  # of the tests per op, under Triton's interpreter
 REQUIRED = {word for word in os.environ.get("VQFAST_REQUIRE", "").split(",") if word}
 if REQUIRED - set(REQUIREMENT.values()):
     raise pytest.UsageError(f"VQFAST_REQUIRE={os.environ['VQFAST_REQUIRE']!r}: only native, triton and cuda are known")
@@ -53,7 +55,16 @@ def backend(request) -> str:
     reason = why_not(request.param, family)
     if reason:
         pytest.skip(f"{REQUIREMENT[request.param]}: {family} on backend {request.param}: {reason}")
+    if request.param == "triton" and not torch.cuda.is_available() and not _in_interpreter_share(request.node.nodeid):
+        pytest.skip(
+            f"interpreter: slow, so one test in {INTERPRETER_SHARE} runs (VQFAST_TEST_INTERPRETER=1 runs all); tests/kernels"
+            " holds every kernel to the contract's data"
+        )
     return request.param
+
+
+def _in_interpreter_share(nodeid: str) -> bool:
+    return os.environ.get("VQFAST_TEST_INTERPRETER") == "1" or zlib.crc32(nodeid.encode()) % INTERPRETER_SHARE == 0
 
 
 @pytest.fixture
