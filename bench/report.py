@@ -29,7 +29,7 @@ from shapes import ISOTROPIC, LATENTS, Shape, both
 
 import vqfast
 from vqfast import _backends
-from vqfast.cli._peers import CDIST, EXPANDED, FAISS, indices_of, layers, searches, training_step
+from vqfast.cli._peers import CDIST, FAISS, indices_of, installed, layers, searches, training_step
 from vqfast.cli._timing import check_codes, in_turns
 from vqfast.cli.bench import check_layer
 
@@ -123,32 +123,35 @@ def measure_memory(shapes: list[Shape]) -> list[dict]:
         if shape.available():
             mib = {
                 method: peak_mib(method, shape)
-                for method in ("vqfast", CDIST, EXPANDED, FAISS)
-                if method != FAISS or _faiss()
+                for method in ("vqfast", CDIST, FAISS)
+                if method != FAISS or installed("faiss")
             }
             found.append({"data": shape.data, "rows": shape.rows, "codes": shape.codes, "MiB": mib})
             print(f"peak extra MiB, {shape.name}: " + ", ".join(f"{n} {m:.0f}" for n, m in mib.items()), flush=True)
     return found
 
 
-def _faiss() -> bool:
-    return _version("faiss-cpu") != "not installed"
-
-
-def measure(quick: bool, rounds: int) -> dict:
+def measure(quick: bool, rounds: int):
+    """Yields the growing result after each section, so that a run that is stopped leaves what it has."""
     rows = 512 if quick else 16_384
-    sizes = (512, 1024) if quick else (512, 1024, 8192, 65_536)
-    step, largest = (1024, 1024) if quick else (8192, 65_536)
+    sizes, largest = ((512,), 1024) if quick else ((512, 1024, 8192), 65_536)
+    step = 1024 if quick else 8192
     begin = time.perf_counter()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     result = {"date": date, "quick": quick, "rounds": rounds, "machine": machine()}
-    result["search"] = measure_searches([shape for size in sizes for shape in both(rows, size)], rounds)
+    result |= {"search": [], "training step": [], "memory": []}
     steps = [(Shape(LATENTS, rows, step), 0), (Shape(ISOTROPIC, rows, step), 0), (Shape(LATENTS, rows, 1024), 8)]
-    result["training step"] = measure_steps(steps, min(rounds, 5))
-    result["memory"] = measure_memory(both(rows, largest))
-    result["machine"]["load average at the end"] = list(os.getloadavg())
-    result["seconds"] = round(time.perf_counter() - begin)
-    return result
+    sections = [
+        ("search", lambda: measure_searches([shape for size in sizes for shape in both(rows, size)], rounds)),
+        ("training step", lambda: measure_steps(steps, min(rounds, 5))),
+        ("memory", lambda: measure_memory(both(rows, largest))),
+        ("search", lambda: measure_searches(both(rows, largest), rounds)),
+    ]
+    for name, section in sections:
+        result[name] += section()
+        result["machine"]["load average at the end"] = list(os.getloadavg())
+        result["seconds"] = round(time.perf_counter() - begin)
+        yield result
 
 
 def main() -> None:
@@ -163,11 +166,11 @@ def main() -> None:
     if args.render:
         return render(json.loads(args.render.read_text()), args.render.name, args.out or args.render.parent)
     torch.set_num_threads(args.threads)
-    result = measure(args.quick, args.rounds or (2 if args.quick else 7))
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"search_{result['date'][:10]}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    render(result, file.name, out)
+    for result in measure(args.quick, args.rounds or (2 if args.quick else 7)):
+        file = out / f"search_{result['date'][:10]}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        render(result, file.name, out)
     print(f"{out / 'search.md'}; {result['seconds']} s")
 
 
