@@ -104,6 +104,10 @@ void Codes::make_unit(const Parallel& parallel) {
     (own_vector ? searched_ : always_).push_back(c);
     if (own_vector) largest_norm_ = std::max(largest_norm_, norm_[c]);
   }
+  std::vector<char> has_vector(k, 0);
+  for (int32_t c : searched_) has_vector[c] = 1;
+  for (int32_t& c : equal_)
+    if (c >= 0 && !has_vector[c]) c = -1;
   // Equal cosine for all codes without direction: the lowest index stands for them.
   if (!dot && always_.size() > 1) always_.resize(1);
   if (dot && largest_norm_ == 0) {
@@ -184,7 +188,8 @@ DenseBuild::DenseBuild(const Codes& codes, double row_square, const Parallel& pa
   const std::vector<int32_t>& searched = codes.searched();
   const int64_t k = (int64_t)searched.size(), dim = codes.work().dim, panels = (k + kPanel - 1) / kPanel;
   // |computed - true| <= error * (|c|^2 / 2 + |x| |c|): dim fused steps from the rounded start, inputs rounded once when centred.
-  error = (kernels().ops_per_term * (dim + 4) + 8) * kUnitRoundoff * 1.01;
+  const double roundings = (kernels().ops_per_term * (dim + 4) + 8) * kUnitRoundoff;
+  error = roundings < 0.5 ? roundings / (1 - roundings) * 1.01 : INFINITY;
   // |x| |c| <= (balance |x|^2 + |c|^2 / balance) / 2 splits the bound between row and code; best where balance = |c| / |x|.
   const double ratio = row_square > 0 && codes.typical_square() > 0 ? sqrt(codes.typical_square() / row_square) : 1.0;
   balance = std::min(0x1p30, std::max(0x1p-30, ratio));

@@ -49,7 +49,7 @@ class Codes {
   const std::vector<int32_t>& usable() const { return usable_; }
   // Codes that every row has to try by the exact formula (their unit vector does not exist, or they are out of scale).
   const std::vector<int32_t>& always() const { return always_; }
-  // Lowest equal usable code, or -1.
+  // Lowest equal code that has a vector in the plans, or -1.
   int32_t representative(int64_t code) const { return code >= 0 && code < (int64_t)equal_.size() ? equal_[code] : -1; }
   bool unit_vectors() const { return exact_.metric != kL2; }
 

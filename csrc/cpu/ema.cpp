@@ -45,7 +45,6 @@ void code_stats(const Rows& rows, const int64_t* index, int64_t codes, float* su
   const int64_t blocks = (kept + kBlock - 1) / kBlock;
   std::vector<Edge> head(blocks), tail(blocks);
   parallel(blocks, 1, [&](int64_t first_block, int64_t last_block) {
-    FloatMode mode;
     std::vector<double> total(dim);
     for (int64_t b = first_block; b < last_block; ++b) {
       const int64_t from = b * kBlock, to = std::min(kept, from + kBlock);
@@ -91,7 +90,6 @@ void ema_update(float* codebook, float* cluster_size, float* cluster_sum, const 
   if (rows == 0) return;
   const float keep = (float)decay, take = (float)(1.0 - decay), least = (float)eps;
   parallel(codes, 256, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     std::vector<float> mean(dim);
     for (int64_t c = begin; c < end; ++c) {
       cluster_size[c] = cluster_size[c] * keep + (float)counts[c] * take;

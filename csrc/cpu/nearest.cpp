@@ -160,7 +160,6 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   // The contract's own rounding in float64, which decides between codes that are equally far in truth.
   const double of_formula = (dim + 8) * 0x1p-52;
   parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     std::unique_ptr<float[]> tile(new float[per_block * per_tile * dim]());
     std::unique_ptr<Row[]> state_of(new Row[per_block * per_tile]);
     std::vector<float> work(dim), limits(per_block * per_tile);
@@ -218,7 +217,6 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
   std::unique_ptr<PanelQuery[]> queries(new PanelQuery[std::max<int64_t>(1, n)]);
   std::vector<int32_t> first(n);
   parallel_(n, 256, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     for (int64_t i = begin; i < end; ++i) {
       first[i] = -1;
       const bool has_vector = !work || work_row(codes_, rows.row(i), work.get() + i * dim);
@@ -231,7 +229,7 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
   // Rows in the order of the panels they fall into, and within a panel by where they lie in its box: neighbours share panels and
   // candidates, which then stay in cache.
   int bits = 0;
-  while (bits < 3 && (plan.panels_count << (3 * (bits + 1))) <= 2 * n) ++bits;
+  while (bits < 3 && (plan.panels_count << (3 * (bits + 1))) <= std::min<int64_t>(2 * n, INT32_MAX)) ++bits;
   const int64_t cells = plan.panels_count << (3 * bits);
   std::vector<int32_t> cell(n);
   parallel_(n, 1024, [&](int64_t begin, int64_t end) {
@@ -255,7 +253,6 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
   const int64_t pieces = (ordinary + piece - 1) / piece;
   std::vector<PanelCounts> counts(pieces);
   parallel_(pieces, 1, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t from = p * piece, count = std::min(piece, ordinary - from);
       kernels().panels(plan, codes_.exact(), rows.data, rows.ld, work_rows, work_ld, queries.get(), order.data() + from,
@@ -271,7 +268,6 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
   }
   if (codes_.always().empty()) return;
   parallel_(n, 256, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     Row row;
     for (int64_t i = begin; i < end; ++i) {
       if (first[i] < 0) continue;
@@ -304,7 +300,6 @@ void nearest(const View& x, const View& codebook, Metric metric, const Hints* hi
     search.run(rows, hints[g].guess, score.get(), index.get());
     if (report) *report = search.report();
     parallel(rows.count, 4096, [&](int64_t begin, int64_t end) {
-      FloatMode inner;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t to = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
         distance[to] = (float)distance_of(codes, rows.row(i), score[i]);

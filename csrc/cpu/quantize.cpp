@@ -62,7 +62,6 @@ double finish_rows(const Codes& codes, const Rows& rows, const bool* mask, const
   std::vector<double> error(blocks, 0.0);
   std::vector<int64_t> bad(blocks, 0);
   parallel(blocks, 1, [&](int64_t begin, int64_t end) {
-    FloatMode mode;
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t i = b * kErrorBlock; i < std::min(rows.count, (b + 1) * kErrorBlock); ++i) {
         const bool masked = mask && !mask[i];

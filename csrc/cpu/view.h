@@ -16,6 +16,16 @@ struct View {
   int64_t stride[4];
 };
 
+// Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set.
+class FloatMode {
+ public:
+  FloatMode();
+  ~FloatMode();
+
+ private:
+  unsigned saved_;
+};
+
 // Runs body(context, begin, end) over [0, n) in pieces of at least `grain`, on torch's threads.
 struct Parallel {
   void (*run)(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
@@ -24,7 +34,12 @@ struct Parallel {
   template <class F>
   void operator()(int64_t n, int64_t grain, F&& body) const {
     if (n <= 0) return;
-    run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, (void*)&body);
+    run(n, grain, 
+        [](void* context, int64_t begin, int64_t end) {
+          FloatMode mode;  // of this thread: a pool's threads keep what their creator had set
+          (*static_cast<F*>(context))(begin, end);
+        },
+        (void*)&body);
   }
 };
 
@@ -40,15 +55,5 @@ struct Rows {
 };
 
 Rows rows_of_group(const View& view, int64_t group, const Parallel& parallel);
-
-// Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set.
-class FloatMode {
- public:
-  FloatMode();
-  ~FloatMode();
-
- private:
-  unsigned saved_;
-};
 
 }  // namespace vqfast

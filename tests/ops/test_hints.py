@@ -157,3 +157,18 @@ def test_hints_on_larger_codebooks_keep_the_code(backend):
     for hints in ((None, None, None), (order, basis, wanted.indices), (order, basis, wanted.indices + 3000)):
         found = op("nearest", backend)(*put(backend, x, codebook), 0, *put(backend, *hints))
         same(found[1], wanted.indices), same(found[0], wanted.distance)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_a_guess_may_name_a_code_without_a_direction(metric):
+    """A zero code (cosine) and one far longer than all others (dot) stand outside the search's own order of codes."""
+    mix = cases.normal(3, 16, seed=950)
+    codebook = cases.normal(4096, 3, seed=951) @ mix - 6 * mix[0]  # similarities well below zero
+    x = 0.2 * cases.normal(4096, 3, seed=952) @ mix + 6 * mix[0] + 20 * mix[1]
+    codebook[7] = 0 if metric == "cosine" else 1e6 * torch.nn.functional.normalize(cases.normal(1, 16, seed=953)[0], dim=0)
+    arguments = (x[None, None], codebook[None], METRIC_CODE[metric], None, None)
+    nearest = op("nearest", "cpu")
+    without = nearest(*arguments, None)
+    same(nearest(*arguments, torch.full((1, 1, 4096), 7))[1], without[1])
+    sample = slice(None, None, 64)
+    same(without[1][0, 0, sample], oracle.nearest(x[sample], codebook, metric).indices)
