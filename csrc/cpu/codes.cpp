@@ -189,7 +189,7 @@ DenseBuild::DenseBuild(const Codes& codes, double row_square, const Parallel& pa
   const int64_t k = (int64_t)searched.size(), dim = codes.work().dim, panels = (k + kPanel - 1) / kPanel;
   // |computed - true| <= error * (|c|^2 / 2 + |x| |c|): dim fused steps from the rounded start, inputs rounded once when centred.
   const double roundings = (kernels().ops_per_term * (dim + 4) + 8) * kUnitRoundoff;
-  error = roundings < 0.5 ? roundings / (1 - roundings) * 1.01 : INFINITY;
+  error = roundings < 0.5 ? roundings / (1 - roundings) * 1.01 : 1e30;
   // |x| |c| <= (balance |x|^2 + |c|^2 / balance) / 2 splits the bound between row and code; best where balance = |c| / |x|.
   const double ratio = row_square > 0 && codes.typical_square() > 0 ? sqrt(codes.typical_square() / row_square) : 1.0;
   balance = std::min(0x1p30, std::max(0x1p-30, ratio));
