@@ -66,6 +66,11 @@ def define(
         _ops[op][backend] = getattr(torch.ops.vqfast, name).default
 
 
+def implement(op: str, backend: str, function: Callable) -> None:
+    """Give cpu or cuda an implementation in Python, for an op that its native library leaves to torch's own ops."""
+    _library.impl(op_name(op, backend), function, backend.upper())
+
+
 def call(op: str, backend: str) -> Callable:
     """The op of one backend, ready to be called with the schema's arguments."""
     return _ops[op][backend]

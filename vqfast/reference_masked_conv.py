@@ -36,6 +36,29 @@ def masked_conv(
     return F.conv2d(x, weight * causal_mask(weight, include_center, maps), bias, padding=padding, dilation=dilation)
 
 
+def masked_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    include_center: bool,
+    dilation: int,
+    maps: int,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of masked_conv to x and to weight (zero where masked); an empty tensor for one that is not needed."""
+    mask = causal_mask(weight, include_center, maps)
+    padding = [dilation * (k // 2) for k in weight.shape[2:]]
+    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight * mask, None, [1, 1], padding, [dilation] * 2, False, [0, 0], 1, [need_x, need_weight, False]
+    )
+    # Contiguous, as the fake says: torch may return channels-last gradients.
+    return (
+        to_x.contiguous() if need_x else x.new_empty(0),
+        (to_weight * mask).contiguous() if need_weight else weight.new_empty(0),
+    )
+
+
 def gate(x: Tensor, vector: Tensor | None, kind: int) -> Tensor:
     """(a, b) = halves of x + vector along the channels; tanh(a) sigmoid(b) (TANH) or a sigmoid(b) (GLU)."""
     a, b = _biased(x, vector).chunk(2, dim=1)

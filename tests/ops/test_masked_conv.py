@@ -122,6 +122,40 @@ def test_float32_gradient_equals_the_float64_one(backend):
             close(got, expected, 300 * ULP * expected.abs().max().item(), f"mask {mask}, {maps} maps")
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_equals_the_gradient_of_the_full_convolution(backend, shape):
+    """Both gradients by the op itself: on a CPU the autograd Function would take the cpu backend's."""
+    x, weight, _ = data(shape)
+    grad = torch.randn(shape[0], shape[2], *shape[3:5], generator=torch.Generator().manual_seed(2))
+    backward = getattr(torch.ops.vqfast, f"masked_conv_backward_{backend}")
+    for mask, maps in masks(shape):
+        args = (mask == "B", shape[-1], maps, True, True)
+        wide = [t.double() for t in (grad, x, weight)]
+        expected, terms = (reference.masked_conv_backward(*t, *args) for t in (wide, [t.abs() for t in wide]))
+        got = backward(*put(backend, grad, x, weight), *args)
+        for name, a, b, size in zip(("x", "weight"), got, expected, terms):
+            # Sums of n products as in the forward pass: over (tap, out channel), over (picture, position).
+            n = weight[:, 0].numel() if name == "x" else grad[:, 0].numel()
+            close(a, b, (n + 1) * ULP * size, f"gradient to {name}, mask {mask}, {maps} maps")
+        only_x, nothing = backward(*put(backend, grad, x, weight), *args[:3], True, False)
+        same_bits(only_x, got[0])
+        assert nothing.numel() == 0
+        same_bits(backward(*put(backend, grad, x, weight), *args[:3], False, True)[1], got[1])
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[6]], ids=str)
+def test_gradient_of_the_gradient(shape):
+    for mask, maps in masks(shape):
+        x, weight, _ = data((1, min(shape[1], 4), 2 * maps, 3, 2, *shape[5:]), torch.float64)
+        if x.shape[1] % maps:
+            continue
+        torch.autograd.gradgradcheck(
+            lambda a, b, mask=mask, maps=maps: masked_conv2d(a, b, mask=mask, dilation=shape[-1], maps=maps),
+            (x.requires_grad_(), weight.requires_grad_()),
+            fast_mode=True,
+        )
+
+
 def test_same_bits_for_any_batch_split_and_thread_count(set_threads):
     if vqfast._backends.reasons("masked_conv", "cpu", torch.empty(0)):
         pytest.skip("native: no native library")
@@ -175,6 +209,10 @@ def test_opcheck(backend):
     conv = getattr(torch.ops.vqfast, f"masked_conv_{backend}")
     torch.library.opcheck(conv, (x, weight, bias, True, 1, 2))
     torch.library.opcheck(conv, (x.detach(), weight.detach(), None, False, 2, 1))
+    backward = getattr(torch.ops.vqfast, f"masked_conv_backward_{backend}")
+    grad = torch.ones(2, 6, 5, 4, device=x.device)
+    torch.library.opcheck(backward, (grad, x, weight, True, 1, 2, True, True))
+    torch.library.opcheck(backward, (grad, x.detach(), weight.detach(), False, 1, 1, True, False))
     gate = getattr(torch.ops.vqfast, f"gate_{backend}")
     torch.library.opcheck(gate, (x, torch.ones(2, 4, device=x.device, requires_grad=True), 0))
     torch.library.opcheck(gate, (x.detach(), None, 1))

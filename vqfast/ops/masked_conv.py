@@ -71,40 +71,90 @@ def cropped_conv(
     return total
 
 
+def _cropped_backward(grad, x, weight, include_center, dilation, maps, need_x, need_weight):
+    """masked_conv_backward from torch's own gradients of the unmasked rectangles."""
+    kh, kw = weight.shape[2:]
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape) if need_weight else weight.new_empty(0)
+    for part, padding in _rectangles(weight, include_center, dilation, maps):
+        padded = _pad(x, padding)
+        to_x, to_part, _ = torch.ops.aten.convolution_backward(
+            grad, padded, part, None, [1, 1], [0, 0], [dilation] * 2, False, [0, 0], 1, [need_x, need_weight, False]
+        )
+        if need_x:
+            grad_x += _unpad(to_x, padding, x)
+        if need_weight:
+            row = slice(0, kh // 2) if padding[2] else slice(kh // 2, kh // 2 + 1)
+            center = padding == (0, 0, 0, 0) and maps > 1
+            column = slice(kw // 2, kw // 2 + 1) if center else slice(0, part.shape[3])
+            if center:
+                to_part = to_part * reference.causal_mask(part, include_center, maps)
+            grad_weight[:, :, row, column] = to_part
+    return grad_x, grad_weight
+
+
 def _fake(x, weight, bias, include_center, dilation, maps):
     return x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.include_center, ctx.dilation, ctx.maps = inputs
+    x, weight, bias, *ctx.mask = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    kh, kw = weight.shape[2:]
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    grad_x = torch.zeros_like(x) if need_x else None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
-    grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    for part, padding in _rectangles(weight, ctx.include_center, ctx.dilation, ctx.maps):
-        padded = _pad(x, padding)
-        to_x, to_part, _ = torch.ops.aten.convolution_backward(
-            grad, padded, part, None, [1, 1], [0, 0], [ctx.dilation] * 2, False, [0, 0], 1, [need_x, need_weight, False]
-        )
-        if need_x:
-            grad_x = grad_x + _unpad(to_x, padding, x)
-        if need_weight:
-            row = slice(0, kh // 2) if padding[2] else slice(kh // 2, kh // 2 + 1)
-            center = padding == (0, 0, 0, 0) and ctx.maps > 1
-            column = slice(kw // 2, kw // 2 + 1) if center else slice(0, part.shape[3])
-            if center:
-                to_part = to_part * reference.causal_mask(part, ctx.include_center, ctx.maps)
-            grad_weight[:, :, row, column] = to_part
-    return grad_x, grad_weight, grad_bias, None, None, None
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_weight = None
+    if need_x or need_weight:
+        backward = _border.call("masked_conv_backward", _backend_of(grad))
+        grad_x, grad_weight = backward(grad, x, weight, *ctx.mask, need_x, need_weight)
+    return (
+        grad_x if need_x else None,
+        grad_weight if need_weight else None,
+        grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None,
+        *(None,) * 3,
+    )
 
 
+def _backward_fake(grad, x, weight, include_center, dilation, maps, need_x, need_weight):
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _backward_setup_context(ctx, inputs, output):
+    grad, x, weight, *ctx.mask, ctx.need_x, ctx.need_weight = inputs
+    ctx.save_for_backward(grad, x, weight)
+
+
+def _second_backward(ctx, to_x, to_weight):
+    """Gradient of both gradients: each is linear in its two arguments, so their transposes are the same ops again."""
+    grad, x, weight = ctx.saved_tensors
+    backend = _backend_of(grad)
+    forward, backward = _border.call("masked_conv", backend), _border.call("masked_conv_backward", backend)
+    to_grad = grad_x = grad_weight = None
+    if ctx.need_x:
+        to_grad = forward(to_x, weight, None, *ctx.mask)
+        grad_weight = backward(grad, to_x, weight, *ctx.mask, False, True)[1]
+    if ctx.need_weight:
+        more = forward(x, to_weight, None, *ctx.mask)
+        to_grad = more if to_grad is None else to_grad + more
+        grad_x = backward(grad, x, to_weight, *ctx.mask, True, False)[0]
+    return to_grad, grad_x, grad_weight, *(None,) * 5
+
+
+_border.define(
+    "masked_conv_backward",
+    "(Tensor grad, Tensor x, Tensor weight, bool include_center, int dilation, int maps, bool need_x, bool need_weight)"
+    " -> (Tensor, Tensor)",
+    family="masked_conv",
+    reference=reference.masked_conv_backward,
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_second_backward,
+)
+# The native library has no gradient kernels: on the CPU torch's own over the unmasked rectangles are fast.
+_border.implement("masked_conv_backward", "cpu", _cropped_backward)
 _border.define(
     "masked_conv",
     "(Tensor x, Tensor weight, Tensor? bias, bool include_center, int dilation, int maps) -> Tensor",
@@ -165,24 +215,23 @@ def masked_conv2d(
     Raises:
         ValueError, TypeError: rank, channels, kernel size, mask, dtype or device do not fit.
 
-    Gradient: to x, weight and bias; torch's convolutions over the unmasked rectangles.
+    Gradient: to x, weight and bias, and once more to these; a masked weight's is zero.
     Numerics: the cpu backend sums each output in one float32 chain of fused multiply-adds over (tap, channel)
-    ascending.
+    ascending; triton in blocks of channels, in float32 without TF32.
     Source: van den Oord et al. 2016 (1601.06759, section 3; 1606.05328, section 2.3).
     """
     _check(x, weight, bias, mask, dilation, maps)
-    chosen = _choose(backend, x)
+    chosen = _backends.choose("masked_conv", backend, x)
     if chosen == "cpu" and x.dtype != torch.float32:
         wide = [t if t is None else t.float() for t in (x, weight, bias)]
         return _apply(*wide, mask == "B", dilation, maps, chosen).to(x.dtype)
     return _apply(x, weight, bias, mask == "B", dilation, maps, chosen)
 
 
-def _choose(backend: str | None, x: Tensor) -> str:
-    # No GPU kernel yet: there the composition of torch's own convolutions is the fast way.
-    if backend is None and x.device.type != "cpu":
-        return "reference"
-    return _backends.choose("masked_conv", backend, x)
+def _backend_of(grad: Tensor) -> str:
+    """Who computes a gradient; the native library computes in float32 only."""
+    chosen = _backends.choose("masked_conv", None, grad)
+    return "reference" if chosen == "cpu" and grad.dtype != torch.float32 else chosen
 
 
 def _apply(x, weight, bias, include_center, dilation, maps, backend):
@@ -227,13 +276,8 @@ def _gate_setup_context(ctx, inputs, output):
 
 def _gate_backward(ctx, grad):
     x, vector = ctx.saved_tensors
-    backend = "cpu" if _native(x) else "reference"
-    to_x = _border.call("gate_backward", backend)(grad, x, vector, ctx.kind)
+    to_x = _border.call("gate_backward", _backend_of(x))(grad, x, vector, ctx.kind)
     return to_x, None if vector is None else to_x.sum((2, 3)), None
-
-
-def _native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and not _backends.reasons("masked_conv", "cpu", x)
 
 
 _border.define(
@@ -299,7 +343,7 @@ def gated_activation(
         )
     if kind not in GATES:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(GATES)}.")
-    chosen = _choose(backend, x)
+    chosen = _backends.choose("masked_conv", backend, x)
     if chosen == "cpu" and x.dtype != torch.float32:
         wide = [t if t is None else t.float() for t in (x, vector)]
         return gated_activation(*wide, kind=kind, backend=chosen).to(x.dtype)
