@@ -7,6 +7,7 @@ import torch
 from check import ULP, close, no_interpreter, put, same, same_bits
 
 import vqfast
+from vqfast.ops import kmeans
 
 FAMILY = "ema"  # nearest and code_stats together; every backend with statistics has the search
 
@@ -129,10 +130,112 @@ def test_low_precision_and_strided_rows(backend):
 
 
 @pytest.mark.quick
+def test_codes_to_start_from(backend):
+    x = cases.normal(60, 3, seed=13)
+    start = x[:9].clone()
+    found = vqfast.kmeans(put(backend, x), 9, iterations=0, init=put(backend, start), backend=backend)
+    same_bits(found.codebook, start)
+    same(found.indices, oracle.nearest(x, start).indices)
+
+
+@pytest.mark.quick
+def test_k_means_plus_plus_passes_over_no_row_that_matters(backend):
+    """Drawn with all distances computed, as the paper has it, and the same random numbers: the same codes."""
+    x = cases.integers(500, 4, seed=14, low=-30, high=30)  # distances are exact
+    got = vqfast.kmeans(put(backend, x), 30, iterations=0, init="k-means++", seed=3, backend=backend).codebook.cpu()
+    generator = torch.Generator().manual_seed(3)
+    rows = x[torch.randperm(500, generator=generator).sort().values]
+    chosen = [int(torch.randint(500, (1,), generator=generator))]
+    for _ in range(29):
+        weight = (rows[:, None] - rows[chosen]).square().sum(-1).amin(1).double()
+        target = torch.rand((), generator=generator, dtype=torch.float64) * weight.sum()
+        chosen.append(int(torch.searchsorted(weight.cumsum(0), target, right=True)))
+    same_bits(got, rows[chosen])
+
+
+@pytest.mark.quick
+def test_rows_are_read_in_pieces(backend, monkeypatch):
+    """Any cut gives Lloyd's codes, but for the rounding of sums to float32 once a piece; here all sums are exact."""
+    x = cases.integers(500, 4, seed=15)
+    whole = vqfast.kmeans(put(backend, x), 12, iterations=3, backend=backend)
+    dirty = torch.cat([x[:77], torch.full((2, 4), torch.inf), x[77:]])
+    for piece in (1, 63, 500):
+        monkeypatch.setattr(kmeans, "_PIECE", piece)
+        for rows in (x, dirty, Recorded(x)):
+            found = vqfast.kmeans(rows if isinstance(rows, Recorded) else put(backend, rows), 12, iterations=3, backend=backend)
+            same_bits(found.codebook, whole.codebook), same_bits(found.indices, whole.indices)
+
+
+class Recorded:
+    """A source that is no tensor, and remembers the largest number of rows that it was asked for."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.largest = values, tuple(values.shape), values.dtype, 0
+
+    def __getitem__(self, at):
+        rows = self.values[at]
+        self.largest = max(self.largest, len(rows))
+        return rows
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("options", [{}, {"batch_rows": 100}], ids=["lloyd", "mini_batch"])
+def test_a_source_is_never_asked_for_more_than_a_piece(monkeypatch, options):
+    monkeypatch.setattr(kmeans, "_PIECE", 128)
+    source = Recorded(cases.normal(1000, 4, seed=16))
+    vqfast.kmeans(source, 20, iterations=2, **options)
+    assert 0 < source.largest <= 128
+
+
+@pytest.mark.quick
+def test_mini_batches_move_codes_as_written(backend):
+    """One pass over shuffled runs: c <- c + (sum of the batch's rows - n c) / (rows given so far)."""
+    x = cases.normal(330, 3, seed=17)
+    start = x[torch.randperm(330, generator=cases.generator(1))[:4]]
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(11, generator=generator)  # runs of 32 rows, the last one of 10
+    at = (order[:, None] * 32 + torch.arange(32)).flatten()
+    codes, weight = start.double(), torch.zeros(4, 1)
+    for batch in x[at[at < 330]].split(90):
+        indices = oracle.nearest(batch, codes.float()).indices
+        sums, counts = oracle.code_stats(batch[None, None], indices[None, None], 4)
+        weight += counts[0][:, None]
+        codes = (codes + (sums[0] - counts[0][:, None] * codes) / weight.clamp(min=1)).float().double()
+    got = vqfast.kmeans(put(backend, x), 4, iterations=1, init=put(backend, start), seed=5, batch_rows=90, backend=backend)
+    assert (weight > 0).all(), "no code without rows, else one would be re-seeded"
+    close(got.codebook, codes, 90 * 4 * ULP * x.abs().amax())
+
+
+@pytest.mark.quick
+def test_mini_batches_find_clusters_and_are_deterministic(backend, set_threads):
+    x, _ = blobs(each=200)
+    x = put(backend, x)
+    found = []
+    for threads in (1, 2):
+        set_threads(threads)
+        found.append(vqfast.kmeans(x, 8, iterations=3, init="k-means++", batch_rows=256, seed=4, backend=backend))
+    same_bits(found[0].codebook, found[1].codebook), same_bits(found[0].indices, found[1].indices)
+    lloyd = vqfast.kmeans(x, 8, init="k-means++", backend=backend)
+    assert float(found[0].inertia) <= 1.2 * float(lloyd.inertia)
+    moved = vqfast.kmeans(x, 8, iterations=3, init="k-means++", batch_rows=256, seed=5, backend=backend)
+    assert not torch.equal(moved.codebook, found[0].codebook), "another seed, another order"
+
+
+@pytest.mark.quick
+def test_codes_that_no_batch_chose_are_moved(backend):
+    x = cases.normal(300, 3, seed=18)
+    start = torch.cat([x[:5], torch.full((2, 3), 1e6)])
+    found = vqfast.kmeans(put(backend, x), 7, iterations=1, init=put(backend, start), batch_rows=100, backend=backend)
+    assert found.indices.unique().numel() == 7 and found.codebook.abs().max() < 100
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("x, k, options", [
     (torch.ones(3, 2), 4, {}), (torch.full((5, 2), torch.nan), 1, {}), (torch.ones(0, 2), 1, {}), (torch.ones(5, 2), 0, {}),
     (torch.ones(5, 2), 2, {"init": "farthest"}), (torch.ones(5, 2), 2, {"iterations": -1}), (torch.ones(5, 2).long(), 2, {}),
-], ids=["too_few", "none_finite", "no_rows", "k_zero", "init", "iterations", "int64"])  # fmt: skip
+    (torch.ones(5, 2), 2, {"batch_rows": 0}), (torch.ones(5, 2), 2, {"init": torch.ones(3, 2)}), ([[1.0, 2.0]], 1, {}),
+    (torch.ones(5, 2), 2, {"init": torch.full((2, 2), torch.nan)}),
+], ids=["too_few", "none_finite", "no_rows", "k_zero", "init", "iterations", "int64", "batch", "start", "list", "nan_start"])  # fmt: skip
 def test_wrong_input(x, k, options):
     with pytest.raises((ValueError, TypeError)):
         vqfast.kmeans(x, k, **options)

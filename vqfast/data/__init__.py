@@ -14,6 +14,7 @@ except ImportError as error:
 from .arrays import CIFAR10, MNIST, DataFileError
 from .draws import Draws
 from .fetch import SOURCES, DataError, default_folder, fetch
+from .latents import TokenLatents, open_latents
 from .loader import Loader
 from .photographs import photographs
 from .pictures import PictureError, PictureFolder, find_pictures, open_picture, save_picture
@@ -28,9 +29,11 @@ __all__ = [
     "Loader",
     "PictureError",
     "PictureFolder",
+    "TokenLatents",
     "default_folder",
     "fetch",
     "find_pictures",
+    "open_latents",
     "open_picture",
     "photographs",
     "save_picture",

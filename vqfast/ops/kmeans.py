@@ -1,15 +1,23 @@
-"""k-means: Lloyd's iteration on the exact search and the exact statistics."""
+"""k-means: Lloyd's iteration and mini-batches on the exact search and the exact statistics, over memory or files."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from vqfast import _backends, _border
 from vqfast.ops import _shapes
 from vqfast.ops.ema import code_stats
-from vqfast.ops.nearest import nearest
+
+# Rows read at a time. Sums are rounded once a piece, so this is part of the result's definition and never tuned by machine.
+_PIECE = 1 << 17
+_RUN = 32  # consecutive rows that a mini-batch takes together: some KiB of a file, where single rows would each cost a page
+_SAMPLE = 64  # rows per code among which k-means++ draws
+_BLOCK = 1024  # rows per block of k-means++'s distances
+_HALF_MEMORY = 0.5  # share of a code's weight that a mini-batch pass hands to the next one
 
 
 class KMeans(NamedTuple):
@@ -20,20 +28,41 @@ class KMeans(NamedTuple):
     inertia: Tensor
 
 
+class RowSource(Protocol):
+    """Rows [N, D] that are made or read when they are asked for, by a slice or by int64 positions [n]."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __getitem__(self, at: slice | Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
 def kmeans(
-    x: Tensor, codebook_size: int, *, iterations: int = 10, init: str = "random", seed: int = 0, backend: str | None = None
+    x: Tensor | RowSource,
+    codebook_size: int,
+    *,
+    iterations: int = 10,
+    init: str | Tensor = "random",
+    seed: int = 0,
+    batch_rows: int | None = None,
+    backend: str | None = None,
 ) -> KMeans:
-    """Cluster rows with Lloyd's algorithm.
+    """Cluster rows with Lloyd's algorithm, or with mini-batches.
 
     **Shapes**: x [..., D] -> codebook [K, D].
 
     Args:
-        x: rows, floating; rows with NaN or Inf are left out.
+        x: rows, floating; rows with NaN or Inf are left out. Also any `RowSource`: rows are then read a piece at a time, and
+            `vqfast.data.open_latents` and `TokenLatents` make sources of files that need not fit in memory.
         codebook_size: K, at most the number of finite rows.
-        iterations: Lloyd steps, at least 0.
-        init: "random" (K rows drawn without replacement) or "k-means++" (Arthur and Vassilvitskii 2007).
-        seed: of the draw; same rows and seed give the same bits.
+        iterations: passes over the rows, at least 0.
+        init: "random" (K rows drawn without replacement), "k-means++" (Arthur and Vassilvitskii 2007, on 64 rows per code), or
+            the codes [K, D] to start from.
+        seed: of the draws; same rows and seed give the same bits.
+        batch_rows: None moves the codes once a pass, to the means of their rows (Lloyd). A number moves them after every so many
+            rows, each by its rows' share of all that it has been given (Sculley 2010): fewer passes for the same inertia when
+            there are many rows per code.
         backend: see `nearest`.
 
     Returns:
@@ -42,57 +71,194 @@ def kmeans(
     Raises:
         ValueError: fewer finite rows than codes, or a bad argument.
 
-    A code that loses all its rows is moved to a row far from its own code (the farthest rows, one each).
+    Memory: O(N + K D) and one piece of 131,072 rows.
+
+    A code that loses all its rows is moved to a row far from its own code (the farthest rows, one each). Lloyd's iteration ends
+    early when no row changes its code.
     """
-    _shapes.check_float("x", x)
-    if codebook_size < 1 or iterations < 0:
-        raise ValueError(f"codebook_size must be at least 1 and iterations at least 0, got {codebook_size} and {iterations}.")
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows[rows.isfinite().all(-1)]
-    if rows.shape[0] < codebook_size:
+    if isinstance(x, Tensor):
+        _shapes.check_float("x", x)
+    elif not (len(getattr(x, "shape", ())) == 2 and getattr(x, "dtype", None) in _shapes.FLOATS):
+        raise TypeError(f"x must be a torch.Tensor or have shape (N, D), a floating torch dtype and rows x[a:b], got {type(x).__name__}.")
+    if codebook_size < 1 or iterations < 0 or (batch_rows is not None and batch_rows < 1):
         raise ValueError(
-            f"k-means needs at least as many finite rows as codes: x has {rows.shape[0]} of them, codebook_size is"
+            "codebook_size and batch_rows must be at least 1 and iterations at least 0, got"
+            f" {codebook_size}, {batch_rows} and {iterations}."
+        )
+    rows = _Rows(x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) else x, backend)
+    if rows.count < codebook_size:
+        raise ValueError(
+            f"k-means needs at least as many finite rows as codes: x has {rows.count} of them, codebook_size is"
             f" {codebook_size}. Give it more rows or ask for fewer codes."
         )
-    if init not in _STARTS:
-        raise ValueError(f"init {init!r} is not known; use one of {', '.join(_STARTS)}.")
-    codebook = _STARTS[init](rows, codebook_size, torch.Generator("cpu").manual_seed(seed))
-    for _ in range(iterations):
-        found = nearest(rows, codebook, backend=backend)
-        sums, counts = code_stats(rows, found.indices, codebook_size, backend=backend)
-        codebook = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], codebook.to(sums.dtype))
-        codebook = _reseed_empty(codebook, counts, rows, found.distance)
-    found = nearest(rows, codebook, backend=backend)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    codebook = _start(rows, codebook_size, init, generator)
+    if batch_rows is None:
+        codebook, guess = _lloyd(rows, codebook, iterations)
+    else:
+        codebook, guess = _mini_batch(rows, codebook, iterations, batch_rows, generator), None
+    found = rows.assign(codebook, guess)
     return KMeans(codebook, found.indices, found.distance.to(torch.float64).mean())
 
 
-def _reseed_empty(codebook: Tensor, counts: Tensor, rows: Tensor, distance: Tensor) -> Tensor:
-    empty = (counts == 0).nonzero().squeeze(-1)
-    if not len(empty):
-        return codebook
-    far = distance.argsort(descending=True, stable=True)[: len(empty)]
-    return codebook.index_copy(0, empty, rows[far].to(codebook.dtype))
+class _Assigned(NamedTuple):
+    """One pass over the rows: sums [K, D] float64, counts [K], and indices and distance [N]."""
+
+    sums: Tensor
+    counts: Tensor
+    indices: Tensor
+    distance: Tensor
 
 
-def _start_random(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    picked = torch.randperm(rows.shape[0], generator=generator)[:k].to(rows.device)
-    return rows[picked].to(torch.float32 if rows.dtype != torch.float64 else torch.float64)
+class _Rows:
+    """The finite rows of a source, and the search over them."""
+
+    def __init__(self, source: Tensor | RowSource, backend: str | None):
+        self.source, self.backend = source, backend
+        self.wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+        total = source.shape[0]
+        finite = [source[begin : begin + _PIECE].isfinite().all(-1) for begin in range(0, total, _PIECE)]
+        finite = torch.cat(finite) if finite else torch.empty(0, dtype=torch.bool)
+        self.count = int(finite.sum())
+        # Positions of the finite rows; None when these are all.
+        self.kept = None if self.count == total else finite.nonzero().squeeze(-1)
+
+    def take(self, at: Tensor) -> Tensor:
+        """The finite rows at positions `at` [n]."""
+        device = self.source.device if isinstance(self.source, Tensor) else None
+        return self.source[at.to(device)] if self.kept is None else self.source[self.kept[at.to(self.kept.device)]]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first position, rows) of all finite rows, in order."""
+        for begin in range(0, self.count, _PIECE):
+            end = min(self.count, begin + _PIECE)
+            yield begin, self.source[begin:end] if self.kept is None else self.source[self.kept[begin:end]]
+
+    def search(self, rows: Tensor, codebook: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distance and index [n] of each row's nearest code; a guess [n] may save time."""
+        chosen = _backends.choose("nearest", self.backend, rows, codebook)
+        guess = None if guess is None else guess[None, None]
+        distance, indices = _border.call("nearest", chosen)(rows[None, None], codebook[None], 0, None, None, guess)
+        return distance[0, 0], indices[0, 0]
+
+    def assign(self, codebook: Tensor, guess: Tensor | None = None) -> _Assigned:
+        """Statistics of all rows by their nearest codes."""
+        sums = torch.zeros_like(codebook, dtype=torch.float64)
+        counts = codebook.new_zeros(len(codebook), dtype=torch.int64)
+        found = []
+        for begin, rows in self.pieces():
+            own = None if guess is None else guess[begin : begin + len(rows)]
+            distance, indices = self.search(rows, codebook, own)
+            stats = code_stats(rows, indices, len(codebook), backend=self.backend)
+            sums += stats.sums
+            counts += stats.counts
+            found.append((indices, distance))
+        indices, distance = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return _Assigned(sums, counts, indices, distance)
 
 
-def _start_plus_plus(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    rows = rows.to(torch.float32 if rows.dtype != torch.float64 else torch.float64)
-    first = int(torch.randint(rows.shape[0], (1,), generator=generator))
-    codebook = rows.new_empty(k, rows.shape[1])
-    codebook[0] = rows[first]
-    distance = (rows - codebook[0]).square().sum(-1).to(torch.float64)
-    for i in range(1, k):
-        reach = distance.cumsum(0)
-        # All rows covered: any row will do, Lloyd's re-seeding takes care of the duplicates.
-        target = torch.rand((), generator=generator, dtype=torch.float64) * float(reach[-1])
-        picked = int(torch.searchsorted(reach, target.to(reach.device)).clamp(max=rows.shape[0] - 1))
-        codebook[i] = rows[picked]
-        distance = torch.minimum(distance, (rows - codebook[i]).square().sum(-1).to(torch.float64))
+def _lloyd(rows: _Rows, codebook: Tensor, iterations: int) -> tuple[Tensor, Tensor | None]:
+    """The codes after `iterations` steps, and the rows' codes in the last one."""
+    before = None
+    for _ in range(iterations):
+        # Most rows keep their code, so the last one is a good first bound.
+        found = rows.assign(codebook, before)
+        empty = found.counts == 0
+        means = (found.sums / found.counts.clamp(min=1)[:, None]).to(codebook.dtype)
+        codebook = torch.where(empty[:, None], codebook, means)
+        if before is not None and torch.equal(before, found.indices) and not empty.any():
+            break
+        before = found.indices
+        codebook = _reseed(codebook, empty, found.distance, rows.take)
+    return codebook, before
+
+
+def _mini_batch(rows: _Rows, codebook: Tensor, passes: int, batch_rows: int, generator: torch.Generator) -> Tensor:
+    weight = torch.zeros(len(codebook), 1, dtype=torch.float64, device=codebook.device)
+    for _ in range(passes):
+        weight *= _HALF_MEMORY
+        seen = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
+        for at in _shuffled_runs(rows.count, generator).split(batch_rows):
+            batch = rows.take(at)
+            distance, indices = rows.search(batch, codebook)
+            sums, counts = code_stats(batch, indices, len(codebook), backend=rows.backend)
+            seen += counts
+            weight += counts[:, None]
+            step = (sums.to(torch.float64) - counts[:, None] * codebook) / weight.clamp(min=1)
+            codebook = (codebook + step).to(codebook.dtype)
+        codebook = _reseed(codebook, seen == 0, distance, batch.__getitem__)
     return codebook
+
+
+def _shuffled_runs(count: int, generator: torch.Generator) -> Tensor:
+    """All positions 0..count-1, in runs of _RUN neighbours, the runs in random order."""
+    order = torch.randperm(-(-count // _RUN), generator=generator)
+    at = (order[:, None] * _RUN + torch.arange(_RUN)).flatten()
+    return at[at < count]
+
+
+def _reseed(codebook: Tensor, empty: Tensor, distance: Tensor, take) -> Tensor:
+    """Codes without rows go to the rows that lie farthest from their own codes, as far as there are rows."""
+    codes = empty.nonzero().squeeze(-1)
+    if not len(codes):
+        return codebook
+    far = distance.argsort(descending=True, stable=True)[: len(codes)]
+    return codebook.index_copy(0, codes[: len(far)], take(far).to(codebook.dtype))
+
+
+# ---- starts ----------------------------------------------------------------------------------------------------------------
+
+
+def _start(rows: _Rows, k: int, init: str | Tensor, generator: torch.Generator) -> Tensor:
+    if isinstance(init, Tensor):
+        _shapes.check_float("init", init)
+        if tuple(init.shape) != (k, rows.source.shape[-1]) or not bool(init.isfinite().all()):
+            raise ValueError(f"init is {_shapes.describe(init)}; it must hold {k} finite codes of {rows.source.shape[-1]} values.")
+        return init.to(rows.wide)
+    if init not in _STARTS:
+        raise ValueError(f"init {init!r} is not known; use one of {', '.join(_STARTS)}, or codes [K, D].")
+    return _STARTS[init](rows, k, generator)
+
+
+def _start_random(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
+    return rows.take(torch.randperm(rows.count, generator=generator)[:k]).to(rows.wide)
+
+
+def _start_plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
+    """Codes drawn one after the other, each row with a chance proportional to its squared distance to the nearest so far.
+
+    A row's distance can fall only if the new code is nearer to the row's code than twice their distance: |x - c| >= |c - own|
+    - |x - own|. All other rows are passed over, with a margin for rounding.
+    """
+    some = torch.randperm(rows.count, generator=generator)[: _SAMPLE * k].sort().values
+    values = rows.take(some).to(rows.wide)
+    n = len(values)
+    codebook = values.new_empty(k, values.shape[1])
+    codebook[0] = values[int(torch.randint(n, (1,), generator=generator))]
+    distance = values.new_zeros(-(-n // _BLOCK) * _BLOCK)  # padded with rows that are never drawn
+    distance[:n] = (values - codebook[0]).square().sum(-1)
+    own = torch.zeros(n, dtype=torch.int64, device=values.device)
+    for i in range(1, k):
+        codebook[i] = values[_draw(distance, n, generator)]
+        gap = (codebook[:i] - codebook[i]).square().sum(-1)
+        near = (gap[own] < 4.01 * distance[:n]).nonzero().squeeze(-1)
+        fresh = (values[near] - codebook[i]).square().sum(-1)
+        nearer = fresh < distance[near]
+        distance[near[nearer]] = fresh[nearer]
+        own[near[nearer]] = i
+    return codebook
+
+
+def _draw(weight: Tensor, n: int, generator: torch.Generator) -> int:
+    """A position 0..n-1 with a chance proportional to `weight` (whole blocks, zero beyond n): first a block, then a row of it."""
+    blocks = weight.view(-1, _BLOCK)
+    reach = blocks.sum(1, dtype=torch.float64).cpu().cumsum(0)
+    target = torch.rand((), generator=generator, dtype=torch.float64) * reach[-1]
+    block = int(torch.searchsorted(reach, target, right=True).clamp(max=len(reach) - 1))
+    inside = blocks[block].to(torch.float64).cpu().cumsum(0)
+    target = target - (reach[block - 1] if block else 0)
+    # When all rows are covered any row will do: Lloyd's re-seeding takes care of the duplicates.
+    return min(n - 1, block * _BLOCK + int(torch.searchsorted(inside, target, right=True).clamp(max=_BLOCK - 1)))
 
 
 _STARTS = {"random": _start_random, "k-means++": _start_plus_plus}
