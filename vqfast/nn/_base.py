@@ -18,14 +18,29 @@ from vqfast.ops.quantize import check_mask
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class QuantizerBase(nn.Module):
+class WideState(nn.Module):
+    """A module whose codebook and statistics stay float32 or float64 under .half(), .bfloat16() and .to(dtype)."""
+
+    # Names of the parameters and buffers that do.
+    _wide_state: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).detach() for name in self._wide_state}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype in _HALVES:
+                after.data = before.to(after.device)
+        return self
+
+
+class QuantizerBase(WideState):
     """Layout, projection and codebook handling; subclasses decide how the codebook learns.
 
     The codebook is stored as [K, D], or [S, K, D] with several groups or levels, in float32 (or float64); half-precision moves
     of the module leave it there.
     """
 
-    # Names of parameters and buffers that keep float32 or float64 whatever the module is cast to.
     _wide_state: tuple[str, ...] = ("codebook",)
 
     def __init__(self, dim, codebook_size, *, metric, groups, codebook_dim, channel_dim, process_group):
@@ -161,18 +176,6 @@ class QuantizerBase(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._any_frozen = bool(self.frozen.any())
-
-    # -- dtype -----------------------------------------------------------------------------------------------------------
-
-    def _apply(self, fn, recurse=True):
-        """Keep the codebook and its statistics in float32 or float64 under .half(), .bfloat16() and .to(dtype)."""
-        kept = {name: getattr(self, name).detach() for name in self._wide_state}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype in _HALVES:
-                after.data = before.to(after.device)
-        return self
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, codebook_size={self.codebook_size}, metric={self.metric!r}, channel_dim={self.channel_dim}"
