@@ -6,6 +6,7 @@ python bench/memory.py METHOD DATA N K        prints MiB above what was resident
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,12 @@ def peak_mib(method: str, shape: Shape, threads: int | None = None) -> float:
     if done.returncode:
         raise RuntimeError(f"memory of {method} on {shape.name} was not measured: {done.stderr[-500:]}")
     return float(done.stdout)
+
+
+def limit_memory(gib: int) -> None:
+    """Refuses this process more address space than it has now plus so much: an allocation then fails, instead of the machine."""
+    limit = int(status("VmSize") * 2**20) + gib * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def status(key: str) -> float:
