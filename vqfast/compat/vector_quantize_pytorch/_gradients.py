@@ -1,0 +1,86 @@
+"""How a gradient passes a quantizer: straight through, rotated, or along a noisy direction."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Norms under this do not divide; the value is the other library's.
+_EPS = 1e-6
+
+
+def l2norm(t: Tensor, dim: int = -1, eps: float = _EPS) -> Tensor:
+    """t / |t| along an axis; a vector shorter than eps is divided by eps."""
+    return F.normalize(t, p=2, dim=dim, eps=eps)
+
+
+class StraightThrough(torch.autograd.Function):
+    """out = target; d out / d source = identity, d out / d target = 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(source, target):
+        return target.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class RotateTo(torch.autograd.Function):
+    """out = target; d out / d source is the rotation and scaling that takes source to target.
+
+    With u = source / |source|, q = target / |target|, w = (u + q) / |u + q| and s = |target| / |source|, all constants:
+    out = s (I - 2 w w' + 2 q u') source, so a gradient g becomes s (g - 2 w (w.g) + 2 u (q.g)).
+
+    Source: Fifty et al. 2024, section 4.2 (arXiv 2410.06424).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(source, target):
+        return target.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        source, target = (t.detach() for t in ctx.saved_tensors)
+        length = source.norm(dim=-1, keepdim=True).clamp(min=_EPS)
+        scale = target.norm(dim=-1, keepdim=True) / length
+        u, q = source / length, l2norm(target)
+        w = l2norm(u + q)
+        along_w = (w * grad).sum(-1, keepdim=True)
+        along_q = (q * grad).sum(-1, keepdim=True)
+        return (scale * (grad - 2 * along_w * w + 2 * along_q * u)).to(grad.dtype), None
+
+
+def straight_through(source: Tensor, target: Tensor) -> Tensor:
+    """target's values with source's gradient. **Shapes**: both [..., D]."""
+    return StraightThrough.apply(source, target.detach())
+
+
+def rotate_to(source: Tensor, target: Tensor) -> Tensor:
+    """target's values; the gradient reaches source rotated (`RotateTo`). **Shapes**: both [..., D]."""
+    return RotateTo.apply(source, target.detach())
+
+
+def directional_reparam(source: Tensor, target: Tensor, noise_variance: float = 5e-3) -> Tensor:
+    """source + |target - source| * v, v a unit vector near the direction to target; gradients reach both.
+
+    Source: DiVeQ, figure 1 (openreview KRVnpTbx7R).
+    """
+    error = target - source
+    direction = l2norm(error + math.sqrt(noise_variance) * torch.randn_like(error)).detach()
+    return source + direction * error.norm(dim=-1, keepdim=True)

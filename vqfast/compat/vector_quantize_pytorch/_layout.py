@@ -1,0 +1,69 @@
+"""Between a user's layout and rows [B, C, N, D] with C codebooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast.compat.vector_quantize_pytorch._checks import require
+from vqfast.ops import _shapes
+
+
+def channels_last(x: Tensor, dim: int, *, channel_first: bool, spatial: int | None) -> Tensor:
+    """x with its channel axis moved last, a view; x [B, dim] is a batch of single tokens in every layout.
+
+    spatial: number of axes beside batch and channels, or None for any.
+    """
+    _shapes.check_float("x", x)
+    first = channel_first and x.dim() > 2
+    fits = x.dim() >= 2 and x.shape[1 if first else -1] == dim and (spatial is None or x.dim() in (2, spatial + 2))
+    layout = ", ".join(["B", *([str(dim)] if channel_first else []), *("..." if spatial is None else "DHW"[3 - spatial :])])
+    layout = layout if channel_first else f"B, ..., {dim}"
+    require(fits, f"x is {_shapes.describe(x)}; this layer takes [{layout}] or [B, {dim}].")
+    return x.movedim(1, -1) if first else x
+
+
+def channels_back(x: Tensor, like: Tensor, channel_first: bool) -> Tensor:
+    """Inverse of `channels_last`: [B, ..., dim] to the layout of `like`, the user's input."""
+    return x.movedim(-1, 1) if channel_first and like.dim() > 2 else x
+
+
+def rows_of(x: Tensor, heads: int, separate: bool) -> Tensor:
+    """[B, ..., heads * D] -> [B, heads, N, D] with a codebook per head, else [B, 1, N * heads, D]; a view where strides allow."""
+    x = x[None] if x.dim() == 2 else x.flatten(1, -2)
+    if heads == 1:
+        return x[:, None]
+    x = x.unflatten(-1, (heads, -1))
+    return x.transpose(1, 2) if separate else x.flatten(1, 2)[:, None]
+
+
+def from_rows(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bool) -> Tensor:
+    """[B, C, N, ...] -> [*leading, heads, ...], without the axis of heads where there is one."""
+    if heads == 1:
+        return rows[:, 0].reshape(*leading, *rows.shape[3:])
+    if separate:
+        return rows.transpose(1, 2).reshape(*leading, heads, *rows.shape[3:])
+    return rows[:, 0].reshape(*leading, heads, *rows.shape[3:])
+
+
+def by_position(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bool) -> Tensor:
+    """Rows of single tokens as a batch of them, and heads that share a codebook as more batch: [B', C, positions, D]."""
+    if heads > 1 and not separate:
+        rows = rows.unflatten(2, (-1, heads)).movedim(3, 1).flatten(0, 2)[:, None]
+    return rows.transpose(1, 2).flatten(0, 1)[:, :, None] if len(leading) == 1 else rows
+
+
+def mask_of(x: Tensor, leading: tuple[int, ...], mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+    """The mask over `leading`, from a mask of its first axes or from lengths along its second."""
+    require(mask is None or lens is None, "pass mask or lens, not both.")
+    if lens is not None:
+        require(len(leading) > 1, "lens needs a sequence [B, N, ...]; x holds single tokens.")
+        mask = torch.arange(leading[1], device=x.device) < lens.to(x.device)[:, None]
+    if mask is None:
+        return None
+    require(
+        isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == leading[: mask.dim()],
+        f"mask is {_shapes.describe(mask) if isinstance(mask, Tensor) else mask!r}; it must be bool (True = valid) of shape"
+        f" {list(leading)}, or of its first axes.",
+    )
+    return mask.reshape(*mask.shape, *(1,) * (len(leading) - mask.dim())).expand(leading)

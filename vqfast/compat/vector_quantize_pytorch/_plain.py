@@ -1,0 +1,136 @@
+"""What needs more than each row's nearest code: samples, k nearest, soft assignments; plain torch, one chunk of rows at a time.
+
+Rows are [B, C, N, D], codes [C, K, D]: C codebooks. No function holds more than about `CHUNK_SCORES` scores, neither in forward
+nor for backward: a chunk's scores are computed again where a gradient needs them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vqfast.compat.vector_quantize_pytorch._gradients import l2norm
+
+CHUNK_SCORES = 1 << 22  # 16 MiB of float32
+
+# Squared distances under this count as this in the soft assignments: their square root has no finite gradient at 0.
+_MIN_SQUARED = 1e-8
+
+
+def logits(rows: Tensor, codes: Tensor, cosine: bool) -> Tensor:
+    """[..., n, D], [..., K, D] -> [..., n, K]: minus the distance, or the inner product; larger is nearer."""
+    with torch.autocast(rows.device.type, enabled=False):
+        work = torch.promote_types(torch.promote_types(rows.dtype, codes.dtype), torch.float32)
+        rows, codes = rows.to(work), codes.to(work)
+        if cosine:
+            return rows @ codes.mT
+        # Centred first: the expanded square loses all digits where an offset dwarfs the distances.
+        centre = codes.detach().mean(-2, keepdim=True)
+        rows, codes = rows - centre, codes - centre
+        squared = rows.square().sum(-1)[..., None] + codes.square().sum(-1)[..., None, :] - 2 * (rows @ codes.mT)
+        return -squared.clamp(min=_MIN_SQUARED).sqrt()
+
+
+def _chunk_rows(codes: Tensor) -> int:
+    return max(1, CHUNK_SCORES // codes.shape[-2])
+
+
+def _again_in_backward(function, *tensors):
+    """function(*tensors), its intermediates dropped and computed again in backward."""
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, Tensor))):
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def gumbel_noise(t: Tensor) -> Tensor:
+    """Standard Gumbel noise of t's shape."""
+    uniform = torch.zeros_like(t).uniform_(0, 1)
+    return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+
+
+@torch.no_grad()
+def pick(rows: Tensor, codes: Tensor, cosine: bool, *, temperature: float | None, topk: int | None) -> Tensor:
+    """Indices of the best codes, [B, C, N], or [B, C, N, k] best first.
+
+    With a temperature codes are drawn from softmax(logits / temperature) (Gumbel-max); without one scores are float64.
+    """
+    b, c, n, d = rows.shape
+    flat = rows.transpose(0, 1).reshape(c, b * n, d)
+    flat = flat if temperature else flat.double()
+    found = []
+    for group, own in zip(flat, codes if temperature else codes.double(), strict=True):
+        for part in group.split(_chunk_rows(codes)):
+            scores = logits(part, own, cosine)
+            if temperature:
+                scores = scores / temperature + gumbel_noise(scores)
+            found.append(scores.argmax(-1) if topk is None else scores.topk(topk, dim=-1).indices)
+    tail = () if topk is None else (topk,)
+    if not found or not b * n:
+        return torch.zeros(b, c, n, *tail, dtype=torch.int64, device=rows.device)
+    return torch.cat(found).reshape(c, b, n, *tail).transpose(0, 1)
+
+
+def soft_codes(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
+    """softmax(logits / temperature) @ codes, [B, C, N, D]; differentiable in both."""
+    b, c, n, d = rows.shape
+
+    def mean(part, own):
+        return (logits(part, own, cosine) / temperature).softmax(-1) @ own.to(torch.float32)
+
+    flat = rows.transpose(0, 1).reshape(c, b * n, d)
+    out = [
+        torch.cat([_again_in_backward(mean, part, own) for part in group.split(_chunk_rows(codes))])
+        for group, own in zip(flat, codes, strict=True)
+    ]
+    return torch.stack(out).reshape(c, b, n, d).transpose(0, 1)
+
+
+def cross_entropy(rows: Tensor, codes: Tensor, targets: Tensor, cosine: bool) -> Tensor:
+    """Mean cross entropy of softmax(logits) against targets [B, C, N]; target -1 does not count; 0 where none counts."""
+    b, c, n, d = rows.shape
+    flat = rows.transpose(0, 1).reshape(c, b * n, d)
+    aims = targets.transpose(0, 1).reshape(c, b * n)
+
+    def total(part, own, aim):
+        return F.cross_entropy(logits(part, own, cosine), aim, ignore_index=-1, reduction="sum")
+
+    step = _chunk_rows(codes)
+    sums = [
+        _again_in_backward(total, part, own, aim)
+        for group, own, aims_of_group in zip(flat, codes, aims, strict=True)
+        for part, aim in zip(group.split(step), aims_of_group.split(step), strict=True)
+    ]
+    return torch.stack(sums).sum() / (targets != -1).sum().clamp(min=1)
+
+
+def diversity(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
+    """Minus the mean over positions n of the entropy (nats) of the batch's mean of softmax(logits * temperature)."""
+    b, c, n, d = rows.shape
+
+    def shares(part, own):  # [b', n', D] -> [n', K]
+        return (logits(part, own, cosine) * temperature).softmax(-1).sum(0)
+
+    at_once = _chunk_rows(codes)
+    positions, batch = max(1, at_once // (b * c)), min(b, at_once)
+
+    def entropy(part, *own):  # [b, C, n', D] -> []
+        parts = [_again_in_backward(shares, p, o) for g, o in enumerate(own) for p in part[:, g].split(batch)]
+        mean = torch.stack(parts).sum(0) / (b * c) if len(parts) > 1 else parts[0] / (b * c)
+        return -(mean * mean.clamp(min=1e-5).log()).sum()
+
+    own = codes.unbind(0)
+    parts = [_again_in_backward(entropy, part, *own) for part in rows.split(positions, dim=2)]
+    return -torch.stack(parts).sum() / max(n, 1)
+
+
+def orthogonality(codes: Tensor) -> Tensor:
+    """Mean squared cosine between codes, less 1 / K; eq. 2 of Shin et al. 2021 (arXiv 2112.00384). codes [C, K, D] -> [].
+
+    |E E'|^2 = |E' E|^2 in the Frobenius norm, so the smaller of the two products is formed.
+    """
+    c, k, d = codes.shape
+    unit = l2norm(codes)
+    gram = unit.mT @ unit if d < k else unit @ unit.mT
+    return gram.square().sum() / (c * k**2) - 1 / k
