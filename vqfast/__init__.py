@@ -2,6 +2,7 @@
 
 from vqfast import _backends
 from vqfast._backends import explain, use_backend
+from vqfast.compat.convert import convert
 from vqfast.ops.ema import CodeStats, code_stats, ema_update_
 from vqfast.ops.gather import gather
 from vqfast.ops.kmeans import KMeans, kmeans
@@ -18,6 +19,7 @@ __all__ = [
     "Nearest",
     "Quantized",
     "code_stats",
+    "convert",
     "ema_update_",
     "explain",
     "gather",
