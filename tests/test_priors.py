@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vqfast.models import PRESETS
 from vqfast.models.pixelcnn import PIXELCNN_PRESETS, GatedPixelCNN, PixelCNN
 from vqfast.models.pixelsnail import PIXELSNAIL_PRESETS, PixelSNAIL
 from vqfast.models.prior_blocks import CausalAttention, CausalConv2d, GatedLayer, place_features
 from vqfast.models.priors import HierarchicalPrior, image_bits_per_dim
 from vqfast.models.vqvae import VQVAE
-from vqfast.models.vqvae2 import VQVAE2, VQVAE2_PRESETS
+from vqfast.models.vqvae2 import VQVAE2
 
 TINY = {
     GatedPixelCNN: dict(channels=8, layers=3, first_kernel_size=5, head_channels=16),
@@ -380,7 +381,7 @@ def test_vqvae2_codebooks_from_k_means_files_and_errors(tmp_path):
 )
 def test_vqvae2_presets_have_the_papers_shapes(preset, size, shapes):
     with torch.device("meta"):
-        model = VQVAE2(VQVAE2_PRESETS[preset])
+        model = PRESETS[preset].build()
     assert model.latent_shapes(size, size) == shapes
     assert model.config.codebook_sizes == (512,) * len(shapes) and model.config.dims == (64,) * len(shapes)
     # The final decoder sees all levels: 64 channels each.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,15 @@ _FLAGS = (
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that make up a configuration: TOML file, preset, common flags, --set."""
     parser.add_argument("config", nargs="?", help="TOML file with [model], [data], [train]")
+    add_flags(parser)
+
+
+def add_flags(parser: argparse.ArgumentParser, without: str = "") -> None:
+    """The flags of `add_settings`; `without`: a key that has no flag here."""
     parser.add_argument("--preset", help="start from a preset (see the list below)")
     for flag, key, kind, help in _FLAGS:
+        if key == without:
+            continue
         parser.add_argument(
             flag, dest=key, type=kind, metavar=kind.__name__.upper().replace("STR", "TEXT"), help=f"{help} [{key}]"
         )
@@ -44,11 +52,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def values_of(args: argparse.Namespace) -> dict[str, Any]:
+def values_of(args: argparse.Namespace, preset: Callable[[str], dict] = preset_values) -> dict[str, Any]:
     """The nested values that the options ask for: preset, then TOML file, then flags, then --set."""
     flags = {key: value for key, value in vars(args).items() if "." in key and value is not None}
     return merged(
-        preset_values(args.preset) if args.preset else {},
+        preset(args.preset) if args.preset else {},
         read_toml(args.config) if args.config else {},
         assigned(flags),
         assigned(dict(parse_assignment(text) for text in args.set)),
@@ -57,8 +65,6 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_epilog() -> str:
     """The presets and all keys with their defaults, for --help."""
-    import dataclasses
-
     from vqfast.models import PRESETS
     from vqfast.train.config import MODELS, SECTIONS
 
@@ -67,13 +73,18 @@ def settings_epilog() -> str:
         lines += textwrap.wrap(f"  {name:<18} {preset.description}", 110, subsequent_indent=" " * 21)
     lines += ["", "keys and their defaults:"]
     for section, kind in SECTIONS.items():
-        lines += [
-            f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata['help']}"
-            for f in dataclasses.fields(kind)
-        ]
-    lines += [f"  {'model.' + f.name:<24} {f.default}" for f in dataclasses.fields(MODELS["vqvae"][1])]
+        lines += key_lines(section, kind)
+    lines += key_lines("model", MODELS["vqvae"][1])
     lines += [f"  {'model.kind':<24} {'vqvae':<14} {' or '.join(MODELS)}"]
     return "\n".join(lines)
+
+
+def key_lines(section: str, kind: type) -> list[str]:
+    """The keys of a section with their defaults and, where they say it, their meaning."""
+    return [
+        f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata.get('help', '')}".rstrip()
+        for f in dataclasses.fields(kind)
+    ]
 
 
 class Pictures:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from vqfast.cli import UserError
-from vqfast.cli._priors import open_both
 from vqfast.cli._settings import Pictures
 from vqfast.models.compression import CompressedPicture, compress_levels, write_compressed
 from vqfast.tokens import bits_for, model_hash
 from vqfast.train.evaluate import encode_pictures, same_size_batches
+from vqfast.train.priors import find_priors
 
 EPILOG = """\
 The codes come back exactly, on any machine; what is lost was lost by the model.
@@ -26,7 +26,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    model, prior, _ = open_both(args.model, args.prior)
+    model, prior, _ = find_priors(args.model, args.prior)
     if Path(args.out).is_dir():
         raise UserError(f"{args.out} is a folder; name the file to write")
     pictures, found = Pictures(args.pictures, model.config.in_channels), []

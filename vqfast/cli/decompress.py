@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from vqfast.cli import UserError
-from vqfast.cli._priors import open_both
 from vqfast.cli.decode import picture_name
 from vqfast.data import save_picture
 from vqfast.models import float_to_pixels
 from vqfast.models.compression import CompressedFileError, decompress_levels, read_compressed
 from vqfast.tokens import model_hash
+from vqfast.train.priors import find_priors
 
 
 def add_arguments(parser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    model, prior, _ = open_both(args.model, args.prior)
+    model, prior, _ = find_priors(args.model, args.prior)
     out, taken, number = Path(args.out), set(), 0
     if out.is_file():
         raise UserError(f"{out} is a file; name a folder for the pictures")

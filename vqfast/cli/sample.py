@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from vqfast.cli import UserError
-from vqfast.cli._priors import class_number, open_both
 from vqfast.data import save_picture
-from vqfast.models import float_to_pixels
-from vqfast.models.priors import HierarchicalPrior
+from vqfast.models import HierarchicalPrior, float_to_pixels
+from vqfast.train.priors import find_priors
 
 EPILOG = """\
 OUT.png gets a sheet of all pictures; a folder gets one PNG each. The same seed gives the same codes on every CPU,
@@ -38,7 +37,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count is {args.count}, --batch-size {args.batch_size}; both must be at least 1")
-    model, prior, settings = open_both(args.model, args.prior)
+    model, prior, settings = find_priors(args.model, args.prior)
     labels = labels_for(args, settings["classes"])
     options = dict(
         labels=labels, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, batch_size=args.batch_size,
@@ -66,6 +65,17 @@ def labels_for(args, classes: list[str]) -> Tensor | None:
     )
     wanted = list(wanted)
     return torch.tensor([wanted[i % len(wanted)] for i in range(args.count)])
+
+
+def class_number(name: str, classes: list[str]) -> int:
+    """A class by name or number."""
+    if name in classes:
+        return classes.index(name)
+    if name.isdigit() and int(name) < len(classes):
+        return int(name)
+    raise UserError(
+        f"there is no class {name!r}; there are {', '.join(classes) or 'none: this prior was trained without labels'}"
+    )
 
 
 @torch.no_grad()

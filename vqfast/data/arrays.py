@@ -59,9 +59,12 @@ class _Pictures:
     """Pictures in memory with labels.
 
     Attributes:
+        classes: the names of the labels.
         pixels: uint8 [N, C, H, W]. labels: int64 [N], 0 to 9. skipped: always empty; here for
             `PictureFolder`'s sake.
     """
+
+    classes: tuple[str, ...] = tuple("0123456789")
 
     def __init__(self, pixels: Tensor, labels: Tensor, flip: bool):
         self.pixels, self.labels, self.flip = pixels, labels, flip
@@ -95,6 +98,8 @@ class CIFAR10(_Pictures):
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
     """
+
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(self, folder: str | Path, train: bool = True, *, flip: bool = False, check: bool = True):
         folder = cifar10_folder(Path(folder))

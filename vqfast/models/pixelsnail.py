@@ -163,65 +163,19 @@ def emit_residual(
     return out, act
 
 
-# Sizes of Razavi et al. 2019, table of the appendix (hidden, residual, layers, attention layers, heads, filter,
-# dropout, output
-# and conditioning stacks). Attention comes after every layers / attention layers residual layers.
+# Sizes of Razavi et al. 2019, table of the appendix (hidden, residual, layers, attention layers, heads, filter, dropout,
+# output and conditioning stacks). Attention comes after every layers / attention layers residual layers.
 _IMAGENET = dict(codebook_size=512, channels=512, kernel_size=5, classes=1000, dropout=0.1)
 _FFHQ = dict(codebook_size=512, channels=512, kernel_size=5)
+_HEADS = dict(attention_heads=8, key_channels=64, value_channels=64)
+_TOP = dict(residual_channels=2048, blocks=4, layers=5, output_layers=20, **_HEADS)
+_FINER = dict(residual_channels=1024, blocks=1, condition_codes=512, condition_channels=512)
 PIXELSNAIL_PRESETS: dict[str, PixelSNAILConfig] = {
-    "imagenet256-top": PixelSNAILConfig(
-        **_IMAGENET,
-        residual_channels=2048,
-        blocks=4,
-        layers=5,
-        attention_heads=8,
-        key_channels=64,
-        value_channels=64,
-        output_layers=20,
-    ),
-    "imagenet256-bottom": PixelSNAILConfig(
-        **_IMAGENET,
-        residual_channels=1024,
-        blocks=1,
-        layers=20,
-        attention_heads=0,
-        condition_codes=512,
-        condition_layers=20,
-        condition_channels=512,
-    ),
-    "ffhq1024-top": PixelSNAILConfig(
-        **_FFHQ,
-        residual_channels=2048,
-        blocks=4,
-        layers=5,
-        attention_heads=8,
-        key_channels=64,
-        value_channels=64,
-        output_layers=20,
-        dropout=0.5,
-    ),
-    "ffhq1024-middle": PixelSNAILConfig(
-        **_FFHQ,
-        residual_channels=1024,
-        blocks=1,
-        layers=20,
-        attention_heads=8,
-        key_channels=64,
-        value_channels=64,
-        condition_codes=512,
-        condition_layers=8,
-        condition_channels=512,
-        dropout=0.3,
-    ),
+    "imagenet256-top": PixelSNAILConfig(**_IMAGENET, **_TOP),
+    "imagenet256-bottom": PixelSNAILConfig(**_IMAGENET, **_FINER, layers=20, attention_heads=0, condition_layers=20),
+    "ffhq1024-top": PixelSNAILConfig(**_FFHQ, **_TOP, dropout=0.5),
+    "ffhq1024-middle": PixelSNAILConfig(**_FFHQ, **_FINER, **_HEADS, layers=20, condition_layers=8, dropout=0.3),
     "ffhq1024-bottom": PixelSNAILConfig(
-        **_FFHQ,
-        residual_channels=1024,
-        blocks=1,
-        layers=10,
-        attention_heads=0,
-        condition_codes=512,
-        condition_layers=8,
-        condition_channels=512,
-        dropout=0.25,
+        **_FFHQ, **_FINER, layers=10, attention_heads=0, condition_layers=8, dropout=0.25
     ),
 }

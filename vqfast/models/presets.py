@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .pixelcnn import PIXELCNN_PRESETS, GatedPixelCNNConfig
+from .pixelsnail import PIXELSNAIL_PRESETS
+from .priors import PriorConfig
 from .vae import VAE, VAEConfig
 from .vqvae import VQVAE, VQVAEConfig
+from .vqvae2 import VQVAE2, VQVAE2Config
 
 # Variance of all values of CIFAR-10's 50,000 training pictures, scaled to a range of 1.
 CIFAR10_VARIANCE = 0.06328692405746422
@@ -21,7 +25,6 @@ class TrainingSettings:
         resize: shorter side to which pictures are scaled before they are cropped; 0 leaves them as they are.
         flip: mirror half of the crops horizontally.
         steps, batch_size, learning_rate: of the optimizer.
-        init: "kmeans": the codebook starts among the untrained encoder's outputs; "none": as the layer is.
     """
 
     dataset: str
@@ -31,7 +34,6 @@ class TrainingSettings:
     learning_rate: float
     resize: int = 0
     flip: bool = False
-    init: str = "kmeans"
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,39 @@ class Preset:
 
     name: str
     description: str
-    model: VQVAEConfig | VAEConfig
+    model: VQVAEConfig | VAEConfig | VQVAE2Config
     training: TrainingSettings
 
-    def build(self) -> VQVAE | VAE:
+    def build(self) -> VQVAE | VAE | VQVAE2:
         """A fresh model."""
-        return (VAE if isinstance(self.model, VAEConfig) else VQVAE)(self.model)
+        return {VQVAEConfig: VQVAE, VAEConfig: VAE, VQVAE2Config: VQVAE2}[type(self.model)](self.model)
+
+
+@dataclass(frozen=True)
+class PriorPreset:
+    """Priors over the codes of a model and their training; `description` says where the numbers come from.
+
+    Attributes:
+        levels: one network per level, finest first; a single one serves every level. What the codes decide (codebook
+            sizes, classes, the level above) is taken from them.
+        labels: condition on the pictures' classes.
+        steps, batch_size, learning_rate: of Adam, the same for every level.
+    """
+
+    name: str
+    description: str
+    levels: tuple[PriorConfig, ...]
+    labels: bool
+    steps: int
+    batch_size: int
+    learning_rate: float
 
 
 _SONNET_CIFAR10 = TrainingSettings(
-    "cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4, init="none"
+    "cifar10", size=32, steps=10_000, batch_size=32, learning_rate=3e-4
 )
 _PAPER_CIFAR10 = TrainingSettings(
-    "cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4, init="none"
+    "cifar10", size=32, steps=250_000, batch_size=128, learning_rate=2e-4
 )
 
 _ALL = (
@@ -118,9 +140,77 @@ _ALL = (
         VQVAEConfig(hidden=96, decay=0.95, revive_below=1.0, data_variance=0.069),
         TrainingSettings("photographs", size=64, flip=True, steps=2_000, batch_size=8, learning_rate=1e-3),
     ),
+    Preset(
+        "cifar10-vqvae2",
+        "A VQ-VAE-2 small enough for two CPU cores: CIFAR-10 in 8x8 and 4x4 codes, K = 512, of which codes that hardly "
+        "anything chooses are replaced.",
+        VQVAE2Config(residual_hidden=32, revive_below=1.0, data_variance=CIFAR10_VARIANCE),
+        TrainingSettings("cifar10", size=32, flip=True, steps=10_000, batch_size=32, learning_rate=1e-3),
+    ),
+    # Razavi et al. 2019, table of the appendix: hidden 128, residual 64, 2 layers, K 512, D 64, beta 0.25, decay 0.99,
+    # batch 128, 2,207,444 steps for ImageNet and 304,741 for FFHQ.
+    Preset(
+        "imagenet256",
+        "The VQ-VAE-2 paper's 256x256 model: codes of 64x64 and 32x32, K = 512. Wants a folder of pictures.",
+        VQVAE2Config(),
+        TrainingSettings(
+            "folder", size=256, resize=256, flip=True, steps=2_207_444, batch_size=128, learning_rate=3e-4
+        ),
+    ),
+    Preset(
+        "ffhq1024",
+        "The VQ-VAE-2 paper's 1024x1024 model: codes of 128x128, 64x64 and 32x32, K = 512. Wants a folder of pictures.",
+        VQVAE2Config(stages=3, dims=(64, 64, 64), codebook_sizes=(512, 512, 512)),
+        TrainingSettings(
+            "folder", size=1024, resize=1024, flip=True, steps=304_741, batch_size=128, learning_rate=3e-4
+        ),
+    ),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+
+_PRIORS = (
+    PriorPreset(
+        "small",
+        "Gated PixelCNNs of 8 layers of 96 channels, for two CPU cores.",
+        (GatedPixelCNNConfig(channels=96, layers=8, head_channels=256, condition_channels=96),),
+        labels=False,
+        steps=2_000,
+        batch_size=32,
+        learning_rate=1e-3,
+    ),
+    PriorPreset(
+        "imagenet128",
+        "A Gated PixelCNN of 15 layers of 128 channels over the 32x32 codes of the imagenet128 preset (the paper states "
+        "neither its depth nor its training).",
+        (PIXELCNN_PRESETS["vqvae-imagenet128"],),
+        labels=True,
+        steps=500_000,
+        batch_size=128,
+        learning_rate=3e-4,
+    ),
+    PriorPreset(
+        "imagenet256",
+        "The VQ-VAE-2 paper's PixelSNAILs for 256x256 ImageNet, with attention in the top prior only. Batch size and "
+        "steps are ours.",
+        (PIXELSNAIL_PRESETS["imagenet256-bottom"], PIXELSNAIL_PRESETS["imagenet256-top"]),
+        labels=True,
+        steps=1_000_000,
+        batch_size=512,
+        learning_rate=3e-4,
+    ),
+    PriorPreset(
+        "ffhq1024",
+        "The VQ-VAE-2 paper's three PixelSNAILs for 1024x1024 FFHQ. Batch size and steps are ours.",
+        tuple(PIXELSNAIL_PRESETS[f"ffhq1024-{level}"] for level in ("bottom", "middle", "top")),
+        labels=False,
+        steps=500_000,
+        batch_size=512,
+        learning_rate=3e-4,
+    ),
+)
+
+PRIOR_PRESETS: dict[str, PriorPreset] = {preset.name: preset for preset in _PRIORS}
 
 
 def get_preset(name: str) -> Preset:
@@ -134,4 +224,4 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-__all__ = ["CIFAR10_VARIANCE", "PRESETS", "Preset", "TrainingSettings", "get_preset"]
+__all__ = ["CIFAR10_VARIANCE", "PRESETS", "PRIOR_PRESETS", "Preset", "PriorPreset", "TrainingSettings", "get_preset"]

@@ -112,7 +112,7 @@ class CodePrior(PretrainedModel):
 
     def loss(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood in nats per code, what training minimises. 0-d, float32 or wider."""
-        return _cross_entropy(self(codes, labels, condition), codes).mean()
+        return code_loss(self(codes, labels, condition), codes)
 
     @torch.no_grad()
     def log_prob(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
@@ -169,6 +169,11 @@ class CodePrior(PretrainedModel):
                     f" {c.condition_scale} it must be {list(expected)}, and the scale must divide height and width."
                 )
             _check_range("condition", condition, 0, c.condition_codes)
+
+
+def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean negative log-likelihood of codes [B, H, W] under logits [B, K, H, W], nats per code, float32 or wider."""
+    return _cross_entropy(logits, codes).mean()
 
 
 def _cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

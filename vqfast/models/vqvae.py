@@ -83,15 +83,14 @@ def check_pictures(x: Tensor, channels: int, stride: int) -> None:
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
-    """Settings of a `VQVAE`. The defaults are Sonnet's CIFAR-10 example except for its debiased update rule.
+class CodingConfig:
+    """What the models with codes share, whatever the number of their levels. The defaults are Sonnet's CIFAR-10 example
+    except for its debiased update rule.
 
     Attributes:
         in_channels: of the picture.
         hidden, residual_hidden, residual_layers: widths and depth of encoder and decoder.
-        stages: 4x4 stride-2 convolutions; the latents are 2**stages times smaller than the picture.
-        dim: channels of the latents; `groups` cuts them into equal parts, each with a codebook of its own.
-        codebook_size: K, codes per group.
+        stages: 4x4 stride-2 convolutions; the (finest) latents are 2**stages times smaller than the picture.
         quantizer: "ema" (the codebook follows moving averages) or "loss" (it follows the gradient of eq. 3).
         commitment_weight: beta.
         metric: "l2", "cosine" or "dot".
@@ -107,9 +106,6 @@ class VQVAEConfig:
     residual_hidden: int = 32
     residual_layers: int = 2
     stages: int = 2
-    dim: int = 64
-    codebook_size: int = 512
-    groups: int = 1
     quantizer: str = "ema"
     commitment_weight: float = 0.25
     metric: str = "l2"
@@ -121,6 +117,20 @@ class VQVAEConfig:
     likelihood: str = "mse"
     data_variance: float = NATURAL_VARIANCE
     scale: str | float = "learned"
+
+
+@dataclass(frozen=True)
+class VQVAEConfig(CodingConfig):
+    """Settings of a `VQVAE`, beyond those of `CodingConfig`.
+
+    Attributes:
+        dim: channels of the latents; `groups` cuts them into equal parts, each with a codebook of its own.
+        codebook_size: K, codes per group.
+    """
+
+    dim: int = 64
+    codebook_size: int = 512
+    groups: int = 1
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,43 +12,25 @@ from torch import Tensor, nn
 
 from ..ops.quantize import Quantized
 from .blocks import Decoder, Encoder
-from .likelihood import NATURAL_VARIANCE, Likelihood
+from .likelihood import Likelihood
 from .pretrained import PretrainedModel
-from .vqvae import BitsPerDim, ModelOutput, VQVAEConfig, check_pictures, make_quantizer
+from .vqvae import BitsPerDim, CodingConfig, ModelOutput, VQVAEConfig, check_pictures, make_quantizer
 
 
 @dataclass(frozen=True)
-class VQVAE2Config:
-    """Settings of a `VQVAE2`. Per-level tuples run from the finest level (bottom) to the coarsest (top), as everywhere.
+class VQVAE2Config(CodingConfig):
+    """Settings of a `VQVAE2`, beyond those of `CodingConfig`. Tuples run from the finest level (bottom) to the coarsest
+    (top), as everywhere; each level's latents are half as large as those of the level below it.
 
     Attributes:
-        in_channels, hidden, residual_hidden, residual_layers: as `VQVAEConfig`.
-        stages: the finest level is 2**stages times smaller than the picture; each coarser one is half of the one
-        below it.
+        residual_hidden: the paper's 64.
         dims: channels D of each level's latents; as many levels as entries.
         codebook_sizes: K of each level.
-        quantizer, commitment_weight, metric, decay, eps, rule, revive_below, auto_update: of every level's quantizer.
-        likelihood, data_variance, scale: as `VQVAEConfig`.
     """
 
-    in_channels: int = 3
-    hidden: int = 128
     residual_hidden: int = 64
-    residual_layers: int = 2
-    stages: int = 2
     dims: tuple[int, ...] = (64, 64)
     codebook_sizes: tuple[int, ...] = (512, 512)
-    quantizer: str = "ema"
-    commitment_weight: float = 0.25
-    metric: str = "l2"
-    decay: float = 0.99
-    eps: float = 1e-5
-    rule: str = "ema"
-    revive_below: float = 0.0
-    auto_update: bool = True
-    likelihood: str = "mse"
-    data_variance: float = NATURAL_VARIANCE
-    scale: str | float = "learned"
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.codebook_sizes) or not self.dims:
@@ -60,9 +42,7 @@ class VQVAE2Config:
 
     def level(self, index: int) -> VQVAEConfig:
         """The settings of one level as those of a one-level model; checks them."""
-        shared = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("dims", "codebook_sizes")
-        }
+        shared = {field.name: getattr(self, field.name) for field in fields(CodingConfig)}
         return VQVAEConfig(**shared, dim=self.dims[index], codebook_size=self.codebook_sizes[index])
 
 
@@ -80,7 +60,7 @@ class VQVAE2(PretrainedModel):
 
     Args:
         config: a `VQVAE2Config`; None for the defaults, the two levels of the paper's ImageNet model.
-        **fields: settings by name, in place of or over those of `config`.
+        **settings: by name, in place of or over those of `config`.
 
     Source: Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (arXiv 1906.00446), section 3.1 and
     algorithm 1.
@@ -88,8 +68,8 @@ class VQVAE2(PretrainedModel):
 
     config_class = VQVAE2Config
 
-    def __init__(self, config: VQVAE2Config | None = None, **fields: Any):
-        super().__init__(config, **fields)
+    def __init__(self, config: VQVAE2Config | None = None, **settings: Any):
+        super().__init__(config, **settings)
         c = self.config
         self.likelihood = Likelihood(c.likelihood, c.in_channels, c.data_variance, c.scale)
         body, count = (c.hidden, c.residual_hidden, c.residual_layers), len(c.dims)
@@ -245,11 +225,3 @@ class VQVAE2(PretrainedModel):
         for quantizer in self.quantizers_:
             quantizer.update_()
 
-
-# Razavi et al. 2019, table of the appendix: hidden 128, residual 64, 2 layers, K 512, D 64, beta 0.25, decay 0.99.
-VQVAE2_PRESETS: dict[str, VQVAE2Config] = {
-    # 256 x 256 pictures: latents 64 x 64 and 32 x 32.
-    "imagenet256": VQVAE2Config(),
-    # 1024 x 1024 pictures: latents 128 x 128, 64 x 64 and 32 x 32.
-    "ffhq1024": VQVAE2Config(stages=3, dims=(64, 64, 64), codebook_sizes=(512, 512, 512)),
-}

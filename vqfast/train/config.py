@@ -15,9 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqfast.models import VAE, VQVAE, VAEConfig, VQVAEConfig
-from vqfast.models.presets import PRESETS
-from vqfast.models.vqvae2 import VQVAE2, VQVAE2Config
+from vqfast.models import (
+    PRESETS,
+    VAE,
+    VQVAE,
+    VQVAE2,
+    GatedPixelCNN,
+    GatedPixelCNNConfig,
+    PixelCNN,
+    PixelCNNConfig,
+    PixelSNAIL,
+    PixelSNAILConfig,
+    PriorConfig,
+    VAEConfig,
+    VQVAE2Config,
+    VQVAEConfig,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,17 +87,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CodesConfig:
+    """What a prior is trained on: the codes of [data]'s pictures under a model."""
+
+    model: str = _key("", "the trained model: a run's folder, a checkpoint file, or a folder from save_pretrained")
+    labels: bool = _key(False, "condition on the pictures' classes (cifar10, mnist, or a folder with a folder per class)")
+    views: int = _key(0, "random crops of each picture, mirrored by data.flip; 0: its centre crop, once", least=0)
+    limit: int = _key(0, "use at most so many pictures; 0: all", least=0)
+    held_out: int = _key(1000, "pictures of the test part whose codes judge the prior", least=1)
+
+
+@dataclass(frozen=True)
 class Config:
-    """What a run is: the model's class and configuration, and the keys of [data] and [train]."""
+    """What a run is: the model's class and configuration, and the keys of [data] and [train]; [codes] for a prior."""
 
     kind: str = "vqvae"
-    model: VQVAEConfig | VAEConfig | VQVAE2Config = VQVAEConfig()
+    model: VQVAEConfig | VAEConfig | VQVAE2Config | PriorConfig = VQVAEConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    codes: CodesConfig | None = None
 
     def to_dict(self) -> dict:
         """Nested plain values: what ``config.json`` holds and what :func:`config_from` takes."""
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", *SECTIONS)}
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", *sections_of(self.kind))}
         return {**sections, "model": {"kind": self.kind, **sections["model"]}}
 
 
@@ -94,6 +119,21 @@ MODELS: dict[str, tuple[type, type]] = {
     "vae": (VAE, VAEConfig),
     "vqvae2": (VQVAE2, VQVAE2Config),
 }
+PRIORS: dict[str, tuple[type, type]] = {
+    "gated": (GatedPixelCNN, GatedPixelCNNConfig),
+    "pixelcnn": (PixelCNN, PixelCNNConfig),
+    "snail": (PixelSNAIL, PixelSNAILConfig),
+}
+
+
+def sections_of(kind: str) -> dict[str, type]:
+    """The sections beside [model] that a run of this kind has."""
+    return SECTIONS | ({"codes": CodesConfig} if kind in PRIORS else {})
+
+
+def build_model(config: Config):
+    """A fresh model of a run, weights from torch's generator."""
+    return (MODELS | PRIORS)[config.kind][0](config.model)
 
 
 def config_from(values: Mapping[str, Any]) -> Config:
@@ -106,7 +146,11 @@ def config_from(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown section or key, a wrong type, or a value outside its limits.
     """
-    known = ("model", *SECTIONS)
+    model = values.get("model", {})
+    kind = model.get("kind", "vqvae") if isinstance(model, Mapping) else "vqvae"
+    kinds = MODELS | PRIORS
+    sections = sections_of(kind)
+    known = ("model", *sections)
     for section, keys in values.items():
         if section not in known:
             raise ConfigError(
@@ -114,15 +158,14 @@ def config_from(values: Mapping[str, Any]) -> Config:
             )
         if not isinstance(keys, Mapping):
             raise ConfigError(f"{section} must be a section with keys, like [{section}] in TOML, got {keys!r}")
-    model = dict(values.get("model", {}))
-    kind = model.pop("kind", "vqvae")
-    if kind not in MODELS:
+    if kind not in kinds:
         raise ConfigError(
-            f"model.kind is {kind!r}{did_you_mean(str(kind), MODELS)}; it must be one of {', '.join(MODELS)}"
+            f"model.kind is {kind!r}{did_you_mean(str(kind), kinds)}; it must be one of {', '.join(kinds)}"
         )
-    parts = {name: _section(name, section, values.get(name, {})) for name, section in SECTIONS.items()}
+    parts = {name: _section(name, section, values.get(name, {})) for name, section in sections.items()}
     try:
-        return Config(kind, _section("model", MODELS[kind][1], model), **parts)
+        fields = {key: value for key, value in model.items() if key != "kind"}
+        return Config(kind, _section("model", kinds[kind][1], fields), **parts)
     except (ValueError, TypeError) as error:  # the model's own checks name the field
         raise error if isinstance(error, ConfigError) else ConfigError(f"[model]: {error}") from None
 
@@ -292,7 +335,7 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def _unknown(name: str, section: str, kind: type) -> ConfigError:
     """The error for an unknown key: the closest known one of any section, or all keys of this one."""
-    sections = {"model": VQVAEConfig, **SECTIONS, section: kind}
+    sections = {"model": VQVAEConfig, **SECTIONS, "codes": CodesConfig, section: kind}
     known = [f"{other}.{f.name}" for other, fields in sections.items() for f in dataclasses.fields(fields)]
     hint = did_you_mean(name, known)
     own = ", ".join(f.name for f in dataclasses.fields(kind))

@@ -110,7 +110,9 @@ class Progress:
 
     def show(self, line: Mapping[str, Any], total: int) -> None:
         """Shows one line of metrics."""
-        parts = [f"loss {line['loss']:.4f}", f"reconstruction {line['reconstruction_loss']:.4f}"]
+        parts = [f"loss {line['loss']:.4f}"]
+        parts += [f"reconstruction {line[key]:.4f}" for key in line if key == "reconstruction_loss"]
+        parts += [f"{line[key]:.3f} bits per code" for key in line if key == "bits_per_code"]
         parts += [f"{key.replace('_', ' ')} {line[key]:.1f}" for key in line if key.startswith("perplexity")]
         parts += [f"{key.replace('_', ' ')} {line[key]:.0%}" for key in line if key.startswith("usage")]
         parts += [f"{line['pictures_per_second']:.0f} pictures/s"]

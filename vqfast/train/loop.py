@@ -8,7 +8,6 @@ ends with the same bits as one that was not, with the same number of threads and
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import signal
@@ -23,14 +22,11 @@ from torch import Tensor
 import vqfast
 from vqfast._files import remove_strays, write_atomic
 from vqfast.data import Loader
-from vqfast.models import pixels_to_float
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import Checkpoint, CheckpointError
-from vqfast.train.config import MODELS, Config, ConfigError, to_json
+from vqfast.train.config import Config, ConfigError, build_model, to_json
 from vqfast.train.log import MetricsLog, Progress
 from vqfast.train.ranks import Ranks
-from vqfast.train.report import draw_report
-from vqfast.train.sources import open_sources, skipped_lines
 
 Say = Callable[[str], None]
 
@@ -49,7 +45,8 @@ class Outcome:
 
 
 class Trainer:
-    """Trains one model into one folder.
+    """Trains one model into one folder. Subclasses say on what: they set ``dataset`` in ``_open`` and implement the
+    methods under "what is trained".
 
     Args:
         config: what to train, on what, how long.
@@ -73,17 +70,17 @@ class Trainer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
-        self.model = MODELS[config.kind][0](_training_config(config.model)).to(ranks.device)
+        self.model = build_model(self._training_config()).to(ranks.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
-        self.sources = open_sources(config.data, config.model.in_channels)
+        self._open()
         torch.manual_seed(
             settings.seed + 1_000_003 * ranks.rank
         )  # weights are the same in all processes, later draws are not
         self.step, self.seconds, self.meter = 0, 0.0, Meter(ranks.device)
         if start is not None:
             self._restore(start)
-        elif settings.init == "kmeans" and self.model.quantizers:
-            self._init_codebooks()
+        else:
+            self._begin()
         self.forward = self.model
         if ranks.world_size > 1:
             self.forward = ranks.parallel(self.model)
@@ -120,14 +117,14 @@ class Trainer:
             if saved != self.step:
                 self._save()
         progress.close()
-        for line in skipped_lines(self.sources.train.skipped):
-            self.say(line)
         done = self.step >= settings.steps
         if self.ranks.first:
             self._draw()
             if done:
-                self._export()
+                self.exported().save_pretrained(self.folder / "model")
             self.log.close()
+        for line in self.remarks():
+            self.say(line)
         return Outcome(self.step, not done, last or (self.log.lines[-1] if self.ranks.first and self.log.lines else {}))
 
     def close(self) -> None:
@@ -135,6 +132,46 @@ class Trainer:
         if self.forward is not self.model:
             self.forward = self.model
             self.ranks.release()
+
+    @property
+    def weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    # ---- what is trained ----
+
+    def _training_config(self) -> Config:
+        """The configuration that the model is built from in training."""
+        return self.config
+
+    def _open(self) -> None:
+        """Sets ``dataset``, whose samples the loader draws."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """What happens once, before the first step of a new run."""
+
+    def _losses(self, batch: Tensor) -> dict[str, Tensor]:
+        """What the model makes of a batch: 0-d tensors; "loss" is minimised, all are logged."""
+        raise NotImplementedError
+
+    def _updated(self) -> None:
+        """What follows an optimizer step."""
+
+    def describe(self) -> list[str]:
+        """Model and data, for people."""
+        raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """What is to be said at the end."""
+        return []
+
+    def draw(self):
+        """Writes plots and pictures of this step; returns (name, a Pillow image), or None."""
+        raise NotImplementedError
+
+    def exported(self) -> torch.nn.Module:
+        """The trained model as its user configured it."""
+        return self.model
 
     # ---- one step ----
 
@@ -145,40 +182,26 @@ class Trainer:
             group["lr"] = learning_rate(settings, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         for round_ in range(settings.accumulate):
-            pixels = next_pictures(batches).to(self.ranks.device, non_blocking=True)
+            batch = next_batch(batches).to(self.ranks.device, non_blocking=True)
             silent = self.ranks.world_size > 1 and round_ < settings.accumulate - 1
             with self.forward.no_sync() if silent else contextlib.nullcontext():
-                with self._autocast():
-                    out = self.forward(pixels_to_float(pixels))
-                (out.loss / settings.accumulate).backward()
-            self.meter.add(out, len(pixels))
+                losses = self._losses(batch)
+                (losses["loss"] / settings.accumulate).backward()
+            self.meter.add(losses, len(batch))
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self.optimizer.step()
-        self.model.update_()
+        self._updated()
 
     def _autocast(self):
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.bf16)
 
-    def _init_codebooks(self) -> None:
-        """k-means on the latents of the first pictures, the same ones whatever happens later."""
-        settings, data = self.config.train, self.config.data
-        rounds = -(-settings.init_pictures // (data.batch_size * self.ranks.world_size))
-        with self._loader(0) as batches:
-            pixels = torch.cat([next_pictures(batches) for _ in range(rounds)])
-        try:
-            self.model.init_codebooks_(pixels_to_float(pixels.to(self.ranks.device)))
-        except ValueError as error:
-            raise ConfigError(
-                f'the codebook cannot start from k-means: {error}; raise train.init_pictures or set train.init = "none"'
-            ) from None
-
     @contextlib.contextmanager
     def _loader(self, step: int):
-        """Batches of one step after the other; batch n of the run is always the same pictures."""
+        """Batches of one step after the other; batch n of the run is always the same samples."""
         data, settings = self.config.data, self.config.train
         loader = Loader(
-            self.sources.train,
+            self.dataset,
             data.batch_size,
             seed=settings.seed,
             start_step=step * settings.accumulate,
@@ -226,9 +249,8 @@ class Trainer:
             )
 
     def _draw(self) -> None:
-        if self.ranks.first:
-            image = draw_report(self.model, self.sources.test, self.log, self.folder, self.step)
-            self.log.picture("reconstruction", image, self.step)
+        if self.ranks.first and (drawn := self.draw()) is not None:
+            self.log.picture(*drawn, self.step)
 
     def _save(self) -> int:
         """Writes a checkpoint of this step; every process takes part."""
@@ -257,12 +279,6 @@ class Trainer:
             }
             checkpoints.save_checkpoint(self.folder / "checkpoints", tensors, meta, keep=self.config.train.keep)
         return self.step
-
-    def _export(self) -> None:
-        """Saves the model as its user configured it, for ``from_pretrained``."""
-        model = MODELS[self.config.kind][0](self.config.model)
-        model.load_state_dict(self.model.state_dict())
-        model.save_pretrained(self.folder / "model")
 
     def _require_same_weights(self) -> None:
         """All processes must hold the same bits; a difference would only grow."""
@@ -310,18 +326,7 @@ class Meter:
             0,
         )
 
-    def add(self, out, pictures: int) -> None:
-        values = {"loss": out.loss, "reconstruction_loss": out.reconstruction_loss}
-        if hasattr(out, "kl"):
-            values["kl"] = out.kl
-        for number, level in enumerate(out.levels):
-            suffix = "" if len(out.levels) == 1 else f"_{number}"
-            values |= {
-                f"commitment_loss{suffix}": level.commitment_loss,
-                f"perplexity{suffix}": level.perplexity,
-                f"usage{suffix}": level.usage,
-                f"nonfinite{suffix}": level.nonfinite,
-            }
+    def add(self, values: dict[str, Tensor], pictures: int) -> None:
         if not self.keys:
             self.keys = list(values)
             self.clear()
@@ -361,17 +366,12 @@ class Signals:
             signal.signal(number, handler)
 
 
-def next_pictures(batches: Iterator[Tensor]) -> Tensor:
+def next_batch(batches: Iterator[Tensor]) -> Tensor:
     """The next batch; pictures that cannot be used are the user's to put right."""
     try:
         return next(batches)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _training_config(model):
-    """The model's configuration with one codebook update per optimizer step, however many forwards that takes."""
-    return dataclasses.replace(model, auto_update=False) if hasattr(model, "auto_update") else model
 
 
 def learning_rate(settings, step: int) -> float:

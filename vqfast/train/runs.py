@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from vqfast.models import load_pretrained
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import CheckpointError
-from vqfast.train.config import MODELS, Config, ConfigError, config_from, merged, read_json, to_json
+from vqfast.train.config import PRIORS, Config, ConfigError, build_model, config_from, merged, read_json
 from vqfast.train.log import read_metrics
 from vqfast.train.loop import Outcome, Say, Trainer
+from vqfast.train.pictures import PictureTrainer
 from vqfast.train.ranks import start_ranks
 
 
@@ -49,72 +50,76 @@ def resume_run(folder: Path, overrides: Mapping[str, Any], *, say: Say = print) 
     """
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run (it has no config.json); nothing to resume")
+    config, notes = changed_config(folder, overrides)
+    start, complaints = checkpoints.load_latest(folder / "checkpoints")
+    return _train(config, folder, start, say, None, [*(f"skipped: {text}" for text in complaints), *notes])
+
+
+def changed_config(folder: Path, overrides: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The configuration of the run in a folder with other values laid over it, and one line for each change.
+
+    Raises:
+        ConfigError: the model would change.
+    """
     before = config_from(read_json(folder / "config.json"))
     config = config_from(merged(before.to_dict(), overrides))
     changes = _differences(before, config)
     if any(name.startswith("model.") for name in changes):
         raise ConfigError(f"the model of a run cannot change: {', '.join(changes)}; begin a new run with --out")
-    start, complaints = checkpoints.load_latest(folder / "checkpoints")
-    return _train(
-        config,
-        folder,
-        start,
-        say,
-        None,
-        [*(f"skipped: {text}" for text in complaints), *(f"changed: {c}" for c in changes)],
-    )
+    return config, [f"changed: {change}" for change in changes]
 
 
-def _train(config: Config, folder: Path, start, say: Say, watch, notes: list[str] | None = None) -> Outcome:
+def _train(config: Config, folder: Path, start, say: Say, watch, notes: Sequence[str] = ()) -> Outcome:
+    if config.kind in PRIORS:
+        raise ConfigError(f"model.kind {config.kind!r} is a prior over codes; train it with vqfast train-prior")
     with start_ranks(config.train.device) as ranks:
-        talk = say if ranks.first else (lambda text: None)
-        for note in notes or []:
-            talk(note)
-        trainer = Trainer(config, folder, ranks, start=start, say=say)
+        make = lambda: PictureTrainer(config, folder, ranks, start=start, say=say)  # noqa: E731
+        return finish(make, say if ranks.first else _silent, f"vqfast train --resume {folder}", watch, notes)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def finish(make: Callable[[], Trainer], talk: Say, again: str, watch=None, notes: Sequence[str] = ()) -> Outcome:
+    """Makes a trainer and runs it to its end, saying what is about to happen and, if it was stopped, how to go on.
+
+    Args:
+        make: makes the trainer.
+        again: the command that goes on with a run that was stopped.
+        watch: called with the trainer before the first step.
+        notes: lines to be said first.
+    """
+    for note in notes:
+        talk(note)
+    trainer = make()
+    try:
         for line in describe(trainer):
             talk(line)
         if watch is not None:
             watch(trainer)
-        try:
-            outcome = trainer.run()
-        finally:
-            trainer.close()
-        if outcome.interrupted:
-            talk(
-                f"stopped at step {outcome.step} of {config.train.steps}; everything is saved. Go on with:\n"
-                f"  vqfast train --resume {folder}"
-            )
-        return outcome
+        outcome = trainer.run()
+    finally:
+        trainer.close()
+    if outcome.interrupted:
+        steps = trainer.config.train.steps
+        talk(f"stopped at step {outcome.step} of {steps}; everything is saved. Go on with:\n  {again}")
+    return outcome
 
 
 def describe(trainer: Trainer) -> list[str]:
     """What is about to happen, for people."""
-    import vqfast
-
     config, ranks = trainer.config, trainer.ranks
-    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
-    lines = [
-        f"run        {trainer.folder}",
-        f"model      {config.kind}, {weights:,} weights"
-        + "".join(
-            f", {q.codebook_size} codes of {q.codebook_dim // q.groups} numbers" for q in trainer.model.quantizers
-        ),
-    ]
-    lines += [
-        f"data       {config.data.source}, {len(trainer.sources.train):,} pictures, "
-        f"judged on {trainer.sources.test_name}"
-    ]
     threads = f", {torch.get_num_threads()} threads" if ranks.device.type == "cpu" else ""
     many = f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
-    lines += [f"device     {ranks.device}{threads}{many}"]
-    if trainer.model.quantizers:
-        codebook = trainer.model.quantizers[0].codebook
-        sample = torch.empty(1, codebook.shape[-1], device=codebook.device)
-        lines += ["quantizer  " + vqfast.explain("nearest", sample, codebook).splitlines()[0]]
     step = f"from step {trainer.step} " if trainer.step else ""
-    pictures = config.data.batch_size * config.train.accumulate * ranks.world_size
-    lines += [f"steps      {step}to {config.train.steps}, {pictures} pictures each"]
-    return lines
+    samples = config.data.batch_size * config.train.accumulate * ranks.world_size
+    return [
+        f"run        {trainer.folder}",
+        *trainer.describe(),
+        f"device     {ranks.device}{threads}{many}",
+        f"steps      {step}to {config.train.steps}, {samples} pictures each",
+    ]
 
 
 def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
@@ -146,7 +151,7 @@ def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
 
 def _from_checkpoint(start, source: str) -> tuple[torch.nn.Module, Config, str]:
     config = config_from(start.meta["config"])
-    model = MODELS[config.kind][0](config.model)
+    model = build_model(config)
     checkpoints.load_model_tensors(model, start.tensors, source)
     return model.eval(), config, source
 
@@ -164,6 +169,3 @@ def _differences(before: Config, after: Config) -> list[str]:
         for key, value in b[section].items()
         if a[section].get(key) != value
     ]
-
-
-__all__ = ["begin_run", "describe", "find_model", "last_metrics", "resume_run", "to_json"]
