@@ -64,3 +64,33 @@ def screen(dim: int, shared_memory: int) -> Screen:
     return Screen(True, cdiv(dim, 64) * 64, {"WHOLE_ROW": False, "BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 8,
                                              "num_stages": 3})  # fmt: skip
 
+
+
+# ---- masked convolutions ---------------------------------------------------------------------------------------------------
+
+PACK = {"BLOCK_C": 32, "BLOCK_P": 64}
+GATE = {"BLOCK_C": 16, "BLOCK_P": 64}
+# Programs of the weight gradient: two for each multiprocessor of the largest device in sight (B200, 148).
+CONV_PROGRAMS = 296
+
+
+def conv_channels(channels: int, dtype) -> int:
+    """Summed channels per step of the loop: 64 two-byte ones fill a 128-byte line; a float32 thread holds all of its operands."""
+    return min(64 if dtype.itemsize == 2 else 16, max(16, power_of_two(channels)))
+
+
+def conv(out_channels: int, in_channels: int, dtype) -> dict:
+    """Tile of the forward pass and the gradient to x: BLOCK_M positions x BLOCK_N channels."""
+    block_n, block_k = max(16, power_of_two(out_channels)), conv_channels(in_channels, dtype)
+    if dtype.itemsize == 4:
+        return {"BLOCK_M": 64, "BLOCK_N": min(block_n, 64), "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+    block_n = min(block_n, 128)
+    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8 if block_n == 128 else 4, "num_stages": 3}
+
+
+def conv_weight_grad(out_channels: int, in_channels: int, dtype) -> dict:
+    """Tile of the gradient to the weights: BLOCK_N x BLOCK_M channels, BLOCK_K positions a step."""
+    most, positions = (64, 16) if dtype.itemsize == 4 else (128, 64)
+    block_n, block_m = (min(most, max(16, power_of_two(n))) for n in (out_channels, in_channels))
+    return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": positions, "num_warps": 8 if block_n * block_m == 128 * 128 else 4,
+            "num_stages": 3}  # fmt: skip

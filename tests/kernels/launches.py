@@ -2,7 +2,7 @@
 
 import torch
 
-from vqfast.kernels import ema, gather, nearest, quantize, residual
+from vqfast.kernels import ema, gather, masked_conv, nearest, quantize, residual
 
 
 def rows(dim: int, dtype=torch.float32, n: int = 512) -> torch.Tensor:
@@ -35,6 +35,26 @@ def update(frozen):
     return lambda: ema.ema_update_triton_(*state, codes(64), torch.zeros(1, 256, dtype=torch.int64), frozen, 0.99, 1e-5)
 
 
+def conv(dtype, channels=(128, 256), kernel=3, maps=1):
+    """Forward and both gradients, as a layer of a prior."""
+    def run():
+        cin, cout = channels
+        x, weight, bias = torch.zeros(2, cin, 8, 8), torch.zeros(cout, cin, kernel, kernel), torch.zeros(cout)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        y = masked_conv.masked_conv_triton(x, weight, bias, True, 1, maps)
+        masked_conv.masked_conv_backward_triton(y, x, weight, True, 1, maps, True, True)
+    return run
+
+
+def gate(dtype, kind, vector):
+    def run():
+        x = torch.zeros(2, 64, 8, 8, dtype=dtype)
+        bias = torch.zeros(2, 64, dtype=dtype) if vector else None
+        masked_conv.gate_backward_triton(masked_conv.gate_triton(x, bias, kind), x, bias, kind)
+    return run
+
+
+FLOATS = ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16"))
 ALL = [
     *((f"nearest/D{dim}", search(dim)) for dim in (8, 64, 128, 256, 512)),
     *((f"nearest/{name}/D64", search(64, code)) for code, name in ((1, "cosine"), (2, "dot"))),
@@ -49,5 +69,10 @@ ALL = [
     ("ema_update/frozen", update(torch.zeros(1, 256, dtype=torch.bool))),
     *((f"quantize/D{dim}", step(dim)) for dim in (64, 512)),
     ("quantize/mask/bf16/D64", step(64, torch.bfloat16, torch.zeros(1, 512, dtype=torch.bool))),
+    *((f"masked_conv/{name}", conv(dtype)) for dtype, name in FLOATS),
+    *((f"masked_conv/{name}/64x64", conv(dtype, (64, 64))) for dtype, name in FLOATS[:2]),
+    *((f"masked_conv/{name}/3x32/7x7", conv(dtype, (3, 32), 7)) for dtype, name in FLOATS[:2]),
+    *((f"gate/{name}/{label}", gate(dtype, kind, vector))
+      for dtype, name in FLOATS[:2] for label, kind, vector in (("tanh/vector", 0, True), ("glu", 1, False))),
     ("residual/D64", lambda: residual.residual_triton(rows(64), torch.zeros(3, 1, 256, 64), None, 0, True, False)),
 ]  # fmt: skip
