@@ -1,4 +1,5 @@
 # make demo    trains on a few photographs; shows pictures, tables and plots (under 6 minutes with set-up, on 2 cores)
+# make demo-generate  trains a small VQ-VAE-2 and priors over its codes, and draws pictures from them (a few minutes)
 # make test    runs the tests
 # make bench   runs the benchmarks
 # make clean   removes what was built, .venv too
@@ -12,9 +13,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench clean
+.PHONY: demo demo-generate test bench clean
 demo: .venv/demo.stamp
 	$(BIN)/python -m vqfast.cli.demo $(DEMO_ARGS)
+
+demo-generate: .venv/demo.stamp
+	$(BIN)/python -m vqfast.cli.demo_generate $(DEMO_ARGS)
 
 # Two processes of one thread each; a file stays in one process, and tests that need threads ask for them.
 test: .venv/test.stamp

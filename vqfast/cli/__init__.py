@@ -27,6 +27,7 @@ COMMANDS = {
     "data": "fetch or check a data set",
     "bench": "time the quantizer against plain PyTorch on this machine",
     "demo": "train on the embedded photographs for two minutes and show everything",
+    "demo-generate": "train a VQ-VAE-2 and priors in a few minutes and draw pictures",
     "doctor": "say what runs here, what does not, and why",
 }
 _EXTRAS = {"numpy": "train", "PIL": "train", "safetensors": "train", "tomli": "train"}
@@ -137,6 +138,6 @@ def _overview() -> str:
         "  vqfast COMMAND [options]     vqfast COMMAND --help",
         "",
     ]
-    lines += [f"  {name:<12} {help}" for name, help in COMMANDS.items()]
+    lines += [f"  {name:<14} {help}" for name, help in COMMANDS.items()]
     lines += ["", "Start with:  vqfast demo     then:  vqfast train --preset photos --data FOLDER_OF_PICTURES"]
     return "\n".join(lines)
