@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqfast.compat import _image_tokenizers, _lucidrains, _transformers
 from vqfast.compat.dac import VectorQuantizeMethods
-from vqfast.compat.encodec import EuclideanCodebookMethods
+from vqfast.compat.encodec import EuclideanCodebookMethods, MoshiCodebookMethods
 from vqfast.compat.rosinality import QuantizeMethods
 from vqfast.compat.taming import VectorQuantizer2Methods
 
@@ -37,7 +37,7 @@ class Seam:
 def _spread(codes: Tensor, count: int) -> Tensor:
     """`count` rows [count, D], near codes [K, D] spread over the codebook, so that no two codes are about as near."""
     picked = torch.linspace(0, len(codes) - 1, count, device=codes.device).long()
-    return codes[picked].detach() + 1e-3 * torch.rand(count, codes.shape[1], device=codes.device, dtype=codes.dtype)
+    return codes[picked].detach() + 0.02 * torch.rand(count, codes.shape[1], device=codes.device, dtype=codes.dtype)
 
 
 def _image(codes: Tensor, side: int = 4) -> Tensor:
@@ -134,13 +134,6 @@ _VQGAN = _seam(VectorQuantizer2Methods, _call_on_image)
 _IMAGE = _seam(_transformers.ImageQuantizerMethods, _call_on_image)
 
 
-class _MoshiMethods:
-    """_quantize of moshi's codebook; rows [N, D] -> indices [N]. Its update makes no N x K matrix."""
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        return _HF_CODEBOOK.methods[""].quantize(self, x)
-
-
 KNOWN: dict[str, Seam] = {
     "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": Seam(
         {"": _lucidrains.VectorQuantizeMethods, "_codebook": _lucidrains.CodebookMethods}, _call_lucidrains, _refuse_lucidrains
@@ -162,7 +155,7 @@ KNOWN: dict[str, Seam] = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": _VQGAN,
     "encodec.quantization.core_vq.EuclideanCodebook": _ENCODEC,
     "audiocraft.quantization.core_vq.EuclideanCodebook": _ENCODEC,
-    "moshi.quantization.core_vq.EuclideanCodebook": _seam(_MoshiMethods, _call_moshi),
+    "moshi.quantization.core_vq.EuclideanCodebook": _seam(MoshiCodebookMethods, _call_moshi),
     "dac.nn.quantize.VectorQuantize": _seam(VectorQuantizeMethods, _call_decode_latents),
     "vqvae.Quantize": _seam(QuantizeMethods, _call_rosinality),
     "models.quant.VectorQuantizer2": _seam(_image_tokenizers.VARMethods, _call_var),

@@ -1,4 +1,4 @@
-"""Faces of EnCodec's quantizers (encodec.quantization); audiocraft's codebook has the same methods."""
+"""Faces of EnCodec's quantizers (encodec.quantization); audiocraft's codebook has the same methods, moshi's a similar one."""
 
 from __future__ import annotations
 
@@ -44,6 +44,13 @@ class EuclideanCodebookMethods:
             _parts.blend_(self.embed_avg, sums, self.decay)
             self.embed.data.copy_(self.embed_avg / _parts.smoothed(self.cluster_size, self.epsilon)[:, None])
         return quantized, indices
+
+
+class MoshiCodebookMethods:
+    """The search of moshi's codebook, rows [N, D] -> indices [N]; its own update makes no N x K matrix."""
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return _parts.lookup(x, self.embedding)
 
 
 class EuclideanCodebook(EuclideanCodebookMethods, nn.Module):
