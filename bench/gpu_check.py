@@ -6,7 +6,7 @@
     python bench/gpu_check.py --list
 
 Every section is written to the result file, docs/results/gpu_<device>_<date>.json, when it ends, and a rerun at the same commit continues
-with the missing ones. A speed section first checks its results and prints no number when they are wrong. Without a GPU the same code runs
+with the missing ones; the plots are drawn from the file, as .svg beside it. A speed section first checks its results and prints no number when they are wrong. Without a GPU the same code runs
 on the CPU with small shapes, Triton in its interpreter, and says so in the file: that proves the script, not a kernel.
 """
 
@@ -31,7 +31,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
-from gpu import checks, speed  # noqa: E402
+from gpu import checks, convolutions, plots, speed  # noqa: E402
 
 # Most important first: when time runs out, what is missing is at the end.
 SECTIONS = {
@@ -44,7 +44,9 @@ SECTIONS = {
     "nearest": speed.nearest,
     "statistics": speed.statistics,
     "training_step": speed.training_step,
+    "masked_conv": convolutions.masked_conv,
     "certificates": speed.certificates,
+    "microbenchmarks": checks.microbenchmarks,
     "sanitizer": checks.sanitizer,
 }
 
@@ -153,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {outcome['state']} in {outcome['seconds']} s" + (f": {outcome['why']}" if "why" in outcome else ""), flush=True)
         if outcome.get("rows"):
             print(table(outcome["rows"]), flush=True)
+    if plots.draw(result, path.with_suffix(".svg")):
+        print(f"plots: {path.with_suffix('.svg')}")
     states = [section["state"] for section in result["sections"].values()]
     missing = [name for name in options.sections if name not in result["sections"]]
     print(f"{states.count('passed')} passed, {states.count('failed')} failed, {states.count('skipped')} skipped, {len(missing)} missing")

@@ -180,6 +180,15 @@ def determinism(on_gpu: bool, deadline: float) -> dict:
     return {"state": "failed" if any(row["different"] for row in rows) else "passed", "rows": rows}
 
 
+def microbenchmarks(on_gpu: bool, deadline: float) -> dict:
+    """Single instructions beside wgmma, cluster sync, reductions under skewed codes: bench/gpu_micro.py."""
+    if not on_gpu:
+        return skipped("microbenchmarks need a GPU")
+    import gpu_micro
+
+    return gpu_micro.microbenchmarks(on_gpu, deadline)
+
+
 SANITIZED = """
 import sys; sys.path[:0] = ["tests"]
 import torch, cases, vqfast
@@ -188,6 +197,13 @@ for backend in sys.argv[1:]:
     step = vqfast.vector_quantize(x, codebook, backend=backend)
     vqfast.code_stats(x, step.indices, 70, backend=backend)
     vqfast.nearest(x[:, :7], codebook[:, :7], backend=backend)
+    if vqfast._backends.reasons("masked_conv", backend, x):
+        continue
+    picture, weight = x[:, :32].reshape(13, 10, 16, 2), x[:70, :10].reshape(70, 10, 1, 1).repeat(1, 1, 5, 3)
+    y = getattr(torch.ops.vqfast, f"masked_conv_{backend}")(picture, weight, None, True, 2, 2)
+    getattr(torch.ops.vqfast, f"masked_conv_backward_{backend}")(y, picture, weight, True, 2, 2, True, True)
+    gate = getattr(torch.ops.vqfast, f"gate_{backend}")(y, None, 0)
+    getattr(torch.ops.vqfast, f"gate_backward_{backend}")(gate, y, None, 0)
 torch.cuda.synchronize()
 """
 

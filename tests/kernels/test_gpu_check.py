@@ -1,5 +1,6 @@
 """bench/gpu_check.py runs through without a GPU, writes each section as it ends and goes on where it stopped; so it cannot rot."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import torch
 from vqfast import _backends
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.py"
-SECTIONS = ("graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "sanitizer")
+SECTIONS = ("graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "masked_conv",
+            "microbenchmarks", "sanitizer")  # fmt: skip
 
 
 def run(*words):
@@ -43,9 +45,28 @@ def test_it_runs_without_a_gpu_and_continues(tmp_path):
     result = json.loads(out.read_text())
     assert set(result["sections"]) == set(SECTIONS) and result["facts"]["on_gpu"] is False
     assert {name for name, section in result["sections"].items() if section["state"] == "passed"} == {
-        "statistics", "training_step", "certificates"
+        "statistics", "training_step", "certificates", "masked_conv"
     }  # fmt: skip
     assert "mean nothing" in second.stdout
+    assert all(row["wrong"] == "" for row in result["sections"]["masked_conv"]["rows"])
+    if importlib.util.find_spec("matplotlib"):
+        drawing = out.with_suffix(".svg").read_text()
+        assert drawing.startswith("<?xml") and "they mean nothing" in drawing
+
+
+def test_plots_show_every_number(tmp_path, monkeypatch):
+    """One bar per method and shape of the sections that have numbers, and none for a wrong result, which has none."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu import plots
+
+    rows = [{"N": 1024, "K": 16, "D": 64, "dtype": "float32", "who": who, "ms": ms} for who, ms in (("triton", 1.5), ("KeOps", 7.0))]
+    wrong = {"N": 1024, "K": 16, "D": 64, "dtype": "float32", "who": "cuda", "wrong of sample": 3}
+    facts = {"device": "a device", "commit": "0123456789abcdef", "on_gpu": True}
+    result = {"date": "2026-01-01T00:00:00", "facts": facts, "sections": {"nearest": {"rows": [*rows, wrong]}, "small": {"rows": []}}}
+    assert plots.panels(result) == [("nearest", "ms", False, {"N 1,024, K 16, D 64, float32": {"triton": 1.5, "KeOps": 7.0}})]
+    pytest.importorskip("matplotlib")
+    assert plots.draw(result, tmp_path / "a.svg") and (tmp_path / "a.svg").stat().st_size > 1000
+    assert not plots.draw({**result, "sections": {}}, tmp_path / "b.svg") and not (tmp_path / "b.svg").exists()
 
 
 def test_a_failed_section_is_written_and_fails_the_script(tmp_path):
