@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from vqfast.data import default_folder
 
 FOLDER = Path(__file__).parent / "data"
-LARGE = default_folder("latents") / "cifar10_train_65536.safetensors"  # 8.4 MB, made on demand, not in the repository
+# Made on demand, not in the repository: training rows in random order, 8.4 and 134 MB.
+LARGE = default_folder("latents") / "cifar10_train_65536.safetensors"
+HUGE = default_folder("latents") / "cifar10_train_1048576.safetensors"
 ROWS = 16_384
 CODES = (512, 1024, 8192)
 LEVELS, RESIDUAL = 8, "cifar10_residual_8x1024.safetensors"
@@ -24,11 +26,11 @@ def codes_file(size: int) -> str:
     return f"cifar10_codes_{size}.safetensors"
 
 
-def load_rows(rows: int) -> torch.Tensor:
-    """Encoder outputs of held-out pictures [rows, 64]."""
+def load_rows(rows: int, folder: Path = FOLDER) -> torch.Tensor:
+    """Encoder outputs of held-out pictures [rows, 64]; from `folder`, where make_latents.py wrote those of another model."""
     if rows > ROWS:
         raise ValueError(f"bench/data holds {ROWS} rows, but {rows} were asked for")
-    return torch.cat([load_file(FOLDER / rows_file(part))["values"] for part in range(2)])[:rows].float()
+    return torch.cat([load_file(folder / rows_file(part))["values"] for part in range(2)])[:rows].float()
 
 
 def has_codes(size: int) -> bool:

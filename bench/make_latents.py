@@ -1,10 +1,10 @@
 """Makes the files of bench/data: what a trained encoder gives its quantizer, and codebooks that fit it.
 
     vqfast train --preset cifar10 --out RUN
-    python bench/make_latents.py RUN [--pictures FOLDER]
+    python bench/make_latents.py RUN [--pictures FOLDER] [--out FOLDER]
 
 RUN is a run's folder, a checkpoint, or a folder from save_pretrained, of a model whose first quantizer has 64 channels.
-The codebook with 65,536 codes is too large for the repository; it goes to the user's cache folder (see `latents.py`).
+The codebooks with 65,536 and 1,048,576 codes are too large for the repository; they go to the user's cache folder (see `latents.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 import torch
-from latents import CODES, FOLDER, LARGE, LEVELS, RESIDUAL, ROWS, codes_file, rows_file
+from latents import CODES, FOLDER, HUGE, LARGE, LEVELS, RESIDUAL, ROWS, codes_file, rows_file
 from safetensors.torch import save_file
 
 import vqfast
@@ -46,6 +46,10 @@ def encoder_rows(model: torch.nn.Module, pixels: torch.Tensor, rows: int) -> tor
     return found
 
 
+def shuffled(rows: torch.Tensor) -> torch.Tensor:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
 def save(path: Path, values: torch.Tensor, about: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"values": values.half().contiguous()}, path, metadata=about)
@@ -56,24 +60,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--pictures", type=Path, default=default_folder("cifar10"), help="CIFAR-10's binary files")
+    parser.add_argument("--out", type=Path, help="folder for all files; default bench/data, and the cache folder for the large ones")
     args = parser.parse_args()
+    folder, cache = args.out or FOLDER, args.out or HUGE.parent
     model, _, source = find_model(args.run)
     about = {"model": f"preset cifar10, {Path(source).name}", "weights": model_hash(model.state_dict())}
 
     held_out = encoder_rows(model, CIFAR10(args.pictures, train=False).pixels, ROWS)
     for part, values in enumerate(held_out.split(FILE_ROWS)):
-        save(FOLDER / rows_file(part), values, about | {"what": f"encoder outputs of held-out pictures, part {part}"})
+        save(folder / rows_file(part), values, about | {"what": f"encoder outputs of held-out pictures, part {part}"})
 
     # All rows of a picture resemble each other, so codes come from a random draw over many pictures.
-    many = encoder_rows(model, CIFAR10(args.pictures, train=True).pixels, 4 * 65_536)
-    many = many[torch.randperm(len(many), generator=torch.Generator().manual_seed(0))]
-    save(LARGE, many[:65_536], about | {"what": "encoder outputs of training pictures, as codes"})
+    training = encoder_rows(model, CIFAR10(args.pictures, train=True).pixels, 16 * 65_536)
+    save(cache / HUGE.name, shuffled(training), about | {"what": "encoder outputs of training pictures, in random order"})
+    many = shuffled(training[: 4 * 65_536])
+    save(cache / LARGE.name, many[:65_536], about | {"what": "encoder outputs of training pictures, as codes"})
     for size in CODES:
         found = vqfast.kmeans(many[:131_072], size, iterations=ITERATIONS)
         what = (
             f"k-means of training pictures' encoder outputs, root mean square distance {math.sqrt(found.inertia):.4f}"
         )
-        save(FOLDER / codes_file(size), found.codebook, about | {"what": what})
+        save(folder / codes_file(size), found.codebook, about | {"what": what})
 
     levels, rest = [], many[:65_536]
     for _ in range(LEVELS):
@@ -81,7 +88,7 @@ def main() -> None:
         levels.append(found.codebook)
         rest = rest - found.codebook[found.indices]
     what = "residual k-means of training pictures' encoder outputs, one level after the other"
-    save(FOLDER / RESIDUAL, torch.stack(levels), about | {"what": what})
+    save(folder / RESIDUAL, torch.stack(levels), about | {"what": what})
 
     spectrum = torch.linalg.eigvalsh(torch.cov(held_out.double().T)).flip(0)
     shares = ", ".join(f"{100 * spectrum[:p].sum() / spectrum.sum():.1f} % in {p}" for p in (4, 8, 16))

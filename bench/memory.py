@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,12 +20,16 @@ from vqfast.cli._peers import searches
 
 def peak_mib(method: str, shape: Shape, threads: int | None = None) -> float:
     """MiB by which one search raises the process's high-water mark (VmHWM), after a small one has warmed it up."""
-    command = [sys.executable, __file__, method, shape.data, str(shape.rows), str(shape.codes)]
+    return from_own_process([__file__, method, shape.data, str(shape.rows), str(shape.codes)], threads)
+
+
+def from_own_process(arguments: list[str], threads: int | None = None) -> float:
+    """The number that a Python script prints last."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        raise RuntimeError(f"memory of {method} on {shape.name} was not measured: {done.stderr[-500:]}")
-    return float(done.stdout)
+        raise RuntimeError(f"{' '.join(arguments)} measured nothing: {done.stderr[-500:]}")
+    return float(done.stdout.split()[-1])
 
 
 def limit_memory(gib: int) -> None:
@@ -40,17 +45,21 @@ def status(key: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {key}; this needs Linux")
 
 
-def main(method: str, data: str, rows: int, codes: int) -> None:
-    x, codebook = Shape(data, rows, codes).load()
-    searches(x[:64], codebook[:64].contiguous(), compiled=False)[method]()
-    call = searches(x, codebook, compiled=False)[method]
+def raised_by(call: Callable[[], object]) -> float:
+    """MiB by which a call raises this process's high-water mark above what was resident before."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
     except OSError:
         pass  # then it can only read too high
     before = status("VmRSS")
     call()
-    print(status("VmHWM") - before)
+    return status("VmHWM") - before
+
+
+def main(method: str, data: str, rows: int, codes: int) -> None:
+    x, codebook = Shape(data, rows, codes).load()
+    searches(x[:64], codebook[:64].contiguous(), compiled=False)[method]()
+    print(raised_by(searches(x, codebook, compiled=False)[method]))
 
 
 if __name__ == "__main__":

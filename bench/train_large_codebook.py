@@ -5,10 +5,10 @@
     python bench/train_large_codebook.py --render FILE   the page and the plot again, from a run's JSON
     python bench/train_large_codebook.py --save FOLDER   also save vqfast's trained model there (see make_latents.py)
 
-Both layers start from the same network, the same codes and the same pictures in the same order, each in a process of its
-own. The start is that network trained for a while without a quantizer, and as codes its outputs for training pictures:
-codes of an untrained encoder would lie in a spot that it leaves within a few steps. One thread; times are processor
-seconds of the training steps, which a busy machine hardly changes, and wall seconds beside them.
+Each run is a process of its own: the network is trained for a while without a quantizer, gets one whose codes are its outputs
+for training pictures, and is trained on. Up to there all runs are the same, and then they see the same pictures in the same
+order. (Codes of an untrained encoder would lie in a spot that it leaves within a few steps.) One thread; times are processor
+seconds of the training steps with the quantizer, which a busy machine hardly changes, and wall seconds beside them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -41,10 +42,10 @@ from vqfast.ops.quantize import Quantized
 METHODS = ("vqfast", LAYERS)
 ROWS_PER_PICTURE, DIM = 64, 64
 LEARNING_RATE = 3e-4
-WINDOW = 5  # steps over which a loss is averaged
+WINDOW = 10  # steps over which a loss is averaged
 # rows a step -> steps of each method. Theirs take about ten seconds each; ours then go on, to show what the time buys.
 PLAN = {2048: {"vqfast": 600, LAYERS: 60}, 16_384: {"vqfast": 60, LAYERS: 60}}
-QUICK = {256: {"vqfast": 12, LAYERS: 8}}
+QUICK = {256: {"vqfast": 16, LAYERS: 12}}
 
 
 class Rows(nn.Module):
@@ -56,17 +57,13 @@ class Rows(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         b, d, h, w = z.shape
-        rows, indices, loss = self.layer(z.flatten(2).mT)
-        quantized, loss, zero = rows.mT.reshape(b, d, h, w), loss.sum(), loss.new_zeros(())
-        return Quantized(quantized, indices.view(b, h, w), loss, loss / COMMITMENT, zero, zero, zero, zero)
-
-
-def model_with(layer_for_pictures: nn.Module | None, codes: int) -> VQVAE:
-    torch.manual_seed(0)
-    model = VQVAE(codebook_size=codes, decay=DECAY, commitment_weight=COMMITMENT, data_variance=CIFAR10_VARIANCE)
-    if layer_for_pictures is not None:
-        model.quantizer = layer_for_pictures
-    return model.train()
+        out = self.layer(z.flatten(2).mT)
+        if isinstance(out, Quantized):
+            rows, indices, loss = out.quantized, out.indices, out.loss
+        else:
+            rows, indices, loss = out[0], out[1], out[2].sum()
+        zero = loss.new_zeros(())
+        return Quantized(rows.mT.reshape(b, d, h, w), indices.view(b, h, w), loss, loss / COMMITMENT, zero, zero, zero, zero)
 
 
 class Straight(nn.Module):
@@ -78,58 +75,52 @@ class Straight(nn.Module):
 
 
 def batch_of(pixels: Tensor, rows: int, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(10**6 + step)
     return pixels_to_float(pixels[torch.randint(len(pixels), (rows // ROWS_PER_PICTURE,), generator=generator)])
 
 
-def prepare(pixels: Tensor, codes: int, steps: int, file: Path) -> None:
-    """Trains the network without a quantizer, takes codes from its outputs, and saves both."""
-    model = model_with(Straight(), 1)
+def trained_without(pixels: Tensor, steps: int) -> tuple[VQVAE, torch.optim.Optimizer]:
+    """The network and its optimizer after so many steps without a quantizer."""
+    torch.manual_seed(0)
+    model = VQVAE(codebook_size=1, data_variance=CIFAR10_VARIANCE).train()
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    for step in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        model(batch_of(pixels, 2048, 10**6 + step)).loss.backward()
-        optimizer.step()
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[: codes // ROWS_PER_PICTURE]
-    with torch.no_grad():
-        found = [model._latents(pixels_to_float(part)).movedim(1, -1).flatten(0, -2) for part in pixels[chosen].split(128)]
-    torch.save({"network": model.state_dict(), "codebook": torch.cat(found)}, file)
+    model.quantizer = Straight()
+    for _ in timed_steps(model, optimizer, pixels, 2048, range(-steps, 0)):
+        pass
+    return model, optimizer
 
 
-def train(method: str, rows: int, steps: int, start: Path, pixels: Tensor, save: Path | None) -> dict:
-    """Trains with one layer; losses and times of every step."""
-    loaded = torch.load(start, weights_only=True)
-    codebook = loaded["codebook"]
+@torch.no_grad()
+def outputs(model: VQVAE, pixels: Tensor, rows: int) -> Tensor:
+    """The encoder's vectors [rows, DIM] for training pictures drawn at random."""
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[: rows // ROWS_PER_PICTURE]
+    return torch.cat([model._latents(pixels_to_float(part)).movedim(1, -1).flatten(0, -2) for part in pixels[chosen].split(128)])
+
+
+def train(method: str, rows: int, steps: int, codes: int, warm_up: int, pixels: Tensor) -> tuple[dict, VQVAE]:
+    """Trains with one layer; losses and times of every step with it."""
+    model, optimizer = trained_without(pixels, warm_up)
+    codebook = outputs(model, pixels, codes)
     made = layers(codebook)
-    z = codebook[:: max(1, len(codebook) // 256)] + 0.01
+    z = codebook[:: max(1, codes // 256)] + 0.01
     chosen = {name: indices_of(made[name], z) for name in METHODS}
     check_codes(chosen["vqfast"], z, codebook)
-    if method == "vqfast":
-        model = model_with(None, len(codebook))
-        model.load_state_dict(loaded["network"], strict=False)
-        model.quantizer.set_codebook_(codebook)
-    else:
-        model = model_with(Rows(made[LAYERS]), 1)
-        model.load_state_dict(loaded["network"], strict=False)
-    del made, loaded
     agree = float((chosen["vqfast"] == chosen[LAYERS]).double().mean())
+    model.quantizer = Rows(made.pop(method))
+    del made
     result = {"method": method, "rows": rows, "same codes": agree, "before MiB": status("VmRSS")}
     try:
-        steps_of = list(timed_steps(model, pixels, rows, steps))
+        loss, cpu, wall = map(list, zip(*timed_steps(model, optimizer, pixels, rows, range(steps)), strict=True))
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        return result | {"failed": str(error).splitlines()[0][-200:]}
-    if save and method == "vqfast":
-        model.save_pretrained(save)
-    loss, cpu, wall = map(list, zip(*steps_of, strict=True))
-    return result | {"loss": loss, "cpu": cpu, "wall": wall, "peak MiB": status("VmHWM")}
+        return result | {"failed": str(error).splitlines()[0][-200:]}, model
+    return result | {"loss": loss, "cpu": cpu, "wall": wall, "peak MiB": status("VmHWM")}, model
 
 
-def timed_steps(model: VQVAE, pixels: Tensor, rows: int, steps: int) -> Iterator[tuple[float, float, float]]:
-    """Loss, processor seconds and wall seconds of each training step."""
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    for step in range(steps):
+def timed_steps(model, optimizer, pixels: Tensor, rows: int, steps: range) -> Iterator[tuple[float, float, float]]:
+    """Loss, processor seconds and wall seconds of each training step; `steps` name the batches."""
+    for step in steps:
         batch = batch_of(pixels, rows, step)
         wall, cpu = time.perf_counter(), time.process_time()
         optimizer.zero_grad(set_to_none=True)
@@ -139,12 +130,22 @@ def timed_steps(model: VQVAE, pixels: Tensor, rows: int, steps: int) -> Iterator
         yield float(out.loss), time.process_time() - cpu, time.perf_counter() - wall
 
 
+def save(model: VQVAE, folder: Path) -> None:
+    """The model with vqfast's layer in its own place, for make_latents.py."""
+    layer = model.quantizer.layer
+    whole = VQVAE(model.config, codebook_size=layer.codebook_size, decay=DECAY, commitment_weight=COMMITMENT)
+    model.quantizer = whole.quantizer
+    model.quantizer.load_state_dict(layer.state_dict())
+    whole.load_state_dict(model.state_dict())
+    whole.save_pretrained(folder)
+
+
 # ---- the comparison ------------------------------------------------------------------------------------------------
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean of each step and up to WINDOW - 1 before it."""
-    return [statistics.fmean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))]
+    """Mean of each step and the WINDOW - 1 before it; infinite while there are fewer."""
+    return [statistics.fmean(values[i - WINDOW + 1 : i + 1]) if i >= WINDOW - 1 else math.inf for i in range(len(values))]
 
 
 def seconds_to(run: dict, level: float, clock: str) -> float | None:
@@ -165,7 +166,7 @@ def summary(run: dict, level: float) -> dict:
 
 def loss_after(run: dict, seconds: float) -> float:
     """The smoothed loss of the last step that ends within so many processor seconds."""
-    spent, reached = 0.0, run["loss"][0]
+    spent, reached = 0.0, math.inf
     for loss, step in zip(smooth(run["loss"]), run["cpu"], strict=True):
         spent += step
         if spent > seconds:
@@ -186,10 +187,10 @@ def render(result: dict, source: str, folder: Path) -> None:
 commit {m["commit"]}. Raw numbers: [{source}]({source}). Again: `python bench/train_large_codebook.py`.
 
 Sonnet's CIFAR-10 network (hidden 128, D = {DIM}), K = {result["codes"]:,}, moving averages {DECAY}, beta {COMMITMENT}, Adam {LEARNING_RATE:g};
-a picture gives {ROWS_PER_PICTURE} rows. Both layers start from one network ({result["warm-up steps"]} steps without a quantizer) and the same codes (its outputs
-for training pictures), and see the same pictures in the same order, each in a process of its own. Seconds are processor
-seconds of whole training steps (forward, backward, Adam), wall seconds in brackets. The loss level is the
-lowest that both runs reach, as a mean over {WINDOW} steps. Before training, vqfast's codes are compared with the float64 oracle. A run
+a picture gives {ROWS_PER_PICTURE} rows. Each run is a process of its own: {result["warm-up steps"]} steps of 2,048 rows without a quantizer, then one whose
+codes are the network's outputs for training pictures; the same up to there, and the same pictures after it. Seconds are processor
+seconds of whole training steps with the quantizer (forward, backward, Adam), wall seconds in brackets. The level is the
+lowest loss that all runs of a batch size reach, as a mean over {WINDOW} steps. Before training, vqfast's codes are compared with the float64 oracle. A run
 may take {result["memory limit GiB"]} GiB of memory.
 
 {comparison(result)}
@@ -215,7 +216,8 @@ def comparison(result: dict) -> str:
             lines.append([f"{rows:,} rows a step, {name}", *cells(run, level, ours)])
         if len(done) == 2:
             remarks.append(remark(rows, *done))
-    return table(["", "seconds a step", "seconds to the level", "level", "peak MiB", "steps"], lines) + "\n\n" + "\n".join(remarks)
+    head = ["", "seconds a step", "seconds to the level", "level", "peak MiB", "steps"]
+    return "\n\n".join([table(head, lines), *remarks])
 
 
 def cells(run: dict, level: float, ours: dict) -> list[str]:
@@ -251,42 +253,39 @@ def plot(result: dict, file: Path) -> None:
     for panel, rows in zip(panels[0], sizes, strict=True):
         for run in (run for run in result["runs"] if run["rows"] == rows and "loss" in run):
             spent = torch.tensor(run["cpu"]).cumsum(0)
-            panel.semilogx(spent, smooth(run["loss"]), color=colours[run["method"]], label=run["method"])
+            panel.semilogx(spent[WINDOW - 1 :], smooth(run["loss"])[WINDOW - 1 :], color=colours[run["method"]], label=run["method"])
         panel.set(title=f"{rows:,} rows a step", xlabel="processor seconds, one thread")
         panel.grid(True, which="major", alpha=0.3)
-    panels[0][0].set_ylabel("training loss")
+    panels[0][0].set_ylabel(f"training loss, mean of {WINDOW} steps")
     panels[0][0].legend(frameon=False)
     figure.suptitle(f"VQ-VAE on CIFAR-10, K = {result['codes']:,}")
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
 
-def in_own_process(args, method: str, rows: int, steps: int, start: Path) -> dict:
+def in_own_process(args, method: str, *numbers: int) -> dict:
     command = [sys.executable, __file__, "--pictures", str(args.pictures), "--threads", str(args.threads)]
-    command += ["--memory-gib", str(args.memory_gib)]
-    command += ["--one", method, str(rows), str(steps), str(start)] + (["--save", str(args.save)] if args.save else [])
+    command += ["--memory-gib", str(args.memory_gib), *(["--save", str(args.save)] if args.save else [])]
+    command += ["--one", method, *map(str, numbers)]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        raise SystemExit(f"{method} with {rows} rows a step failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{method} {numbers} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(args):
     """Yields the growing result after each run, so that one that is stopped leaves what it has."""
-    codes, warm_up, plan = (1024, 5, QUICK) if args.quick else (65_536, 300, PLAN)
+    codes, warm_up, plan = (1024, 5, QUICK) if args.quick else (65_536, 100, PLAN)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     result = {"date": date, "quick": args.quick, "codes": codes, "warm-up steps": warm_up, "runs": []}
     result |= {"memory limit GiB": args.memory_gib, "machine": machine()}
-    with tempfile.TemporaryDirectory(prefix="vqfast-train-") as folder:
-        start = Path(folder) / "start.pt"
-        prepare(CIFAR10(args.pictures, check=False).pixels, codes, warm_up, start)
-        for rows, steps in plan.items():
-            for method in METHODS:
-                run = in_own_process(args, method, rows, steps[method], start)
-                result["runs"].append(run)
-                said = run.get("failed") or f"{statistics.median(run['cpu']):.3f} s a step"
-                print(f"{method}, {rows} rows a step: {said}", flush=True)
+    for rows, steps in plan.items():
+        for method in METHODS:
+            run = in_own_process(args, method, rows, steps[method], codes, warm_up)
+            result["runs"].append(run)
+            said = run.get("failed") or f"{statistics.median(run['cpu']):.3f} s a step"
+            print(f"{method}, {rows} rows a step: {said}", flush=True)
             result["machine"]["load average at the end"] = list(os.getloadavg())
             yield result
 
@@ -300,16 +299,16 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the model that vqfast's layer was trained in")
     parser.add_argument("--memory-gib", type=int, default=12, help="that a run may take; N x K matrices may need more")
     parser.add_argument("--render", type=Path, metavar="FILE")
-    parser.add_argument("--one", nargs=4, metavar=("METHOD", "ROWS", "STEPS", "START"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, metavar=("METHOD", "ROWS", "STEPS", "CODES", "WARM_UP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
-        method, rows, steps, start = args.one
         limit_memory(args.memory_gib)
-        pixels = CIFAR10(args.pictures, check=False).pixels
-        save = args.save / f"rows_{rows}" if args.save else None
-        print(json.dumps(train(method, int(rows), int(steps), Path(start), pixels, save)))
-        return
+        method, (rows, steps, codes, warm_up) = args.one[0], map(int, args.one[1:])
+        result, model = train(method, rows, steps, codes, warm_up, CIFAR10(args.pictures, check=False).pixels)
+        if args.save and method == "vqfast":
+            save(model, args.save / f"rows_{rows}")
+        return print(json.dumps(result))
     if args.render:
         return render(json.loads(args.render.read_text()), args.render.name, args.out or args.render.parent)
     out = args.out or (Path(tempfile.mkdtemp(prefix="vqfast-train-")) if args.quick else ROOT / "docs/results")
