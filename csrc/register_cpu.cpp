@@ -251,6 +251,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_cpu(
 
 }  // namespace
 
+// What a search does, for tests and reports: x [n, dim] and codebook [k, dim] contiguous; metric and road as in nearest.h.
+// out: road, rows, panels of the codebook, and the sums over rows of groups, panels, evaluations and candidates; then the codes
+// that the plans search and those that every row tries by the exact formula.
+VQFAST_EXPORT void vqfast_cpu_search_counts(const float* x, int64_t n, const float* codebook, int64_t k, int64_t dim, int metric,
+                                            int road, float* distance, int64_t* indices, int64_t* out) {
+  const View rows{x, vqfast::Type::kFloat32, {1, 1, n, dim}, {n * dim, n * dim, dim, 1}};
+  const View codes{codebook, vqfast::Type::kFloat32, {1, 1, k, dim}, {k * dim, k * dim, dim, 1}};
+  const vqfast::Hints hints;
+  const vqfast::Metric by = static_cast<vqfast::Metric>(metric);
+  vqfast::SearchReport report;
+  vqfast::nearest(rows, codes, by, &hints, distance, indices, pool(), static_cast<vqfast::Road>(road), &report);
+  const vqfast::Codes prepared(codes, 0, by, pool());
+  const vqfast::PanelCounts& c = report.counts;
+  const int64_t found[] = {(int64_t)report.road, n, report.panels_count, c.groups, c.panels, c.evaluations, c.candidates,
+                           (int64_t)prepared.searched().size(), (int64_t)prepared.always().size()};
+  for (int64_t value : found) *out++ = value;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(vqfast, CPU, m) {
   m.impl("nearest_cpu", TORCH_BOX(&nearest_cpu));
   m.impl("gather_cpu", TORCH_BOX(&gather_cpu));

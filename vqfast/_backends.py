@@ -10,6 +10,7 @@ import os
 import threading
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -70,6 +71,60 @@ def cpu_level() -> str | None:
     if _load("_C_cpu"):
         return None
     return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]
+
+
+ROADS = ("auto", "dense", "panels")
+
+
+class SearchCounts(NamedTuple):
+    """What the native CPU search did, from `search_counts`. Counts are sums over the rows.
+
+    road: "dense" or "panels", the one that was taken. panels_of_codebook: panels of 32 codes that the codebook was cut into.
+    groups, panels: visited (0 on the dense road, which visits all). evaluations: codes compared in all coordinates.
+    candidates: codes settled by the contract's formula. searched: distinct codes of the plans; always: codes beside them that every
+    row tries by the formula.
+    """
+
+    road: str
+    rows: int
+    panels_of_codebook: int
+    groups: int
+    panels: int
+    evaluations: int
+    candidates: int
+    searched: int
+    always: int
+    distance: torch.Tensor
+    indices: torch.Tensor
+
+
+def search_counts(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", road: str = "auto") -> SearchCounts:
+    """Search by the native CPU kernels and count what they do; for tests and reports.
+
+    Args:
+        x: [N, D] float32, contiguous. codebook: [K, D] likewise.
+        metric: "l2", "cosine" or "dot".
+        road: "auto" as `nearest` would choose, or the one to take ("panels" falls back to dense where there are no panels).
+
+    Raises:
+        RuntimeError: there are no native kernels. ValueError: a tensor is not as said above.
+    """
+    missing = _load("_C_cpu")
+    if missing:
+        raise RuntimeError(f"the search cannot be counted: {missing}.")
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if tensor.dtype != torch.float32 or tensor.dim() != 2 or not tensor.is_contiguous() or tensor.shape[1] != x.shape[1]:
+            raise ValueError(f"{name} must be contiguous float32 [rows, D] on the CPU, got {list(tensor.shape)} {tensor.dtype}.")
+    distance, indices = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    out = (ctypes.c_int64 * 9)()
+    sizes = [ctypes.c_int64(size) for size in (len(x), len(codebook), x.shape[1])]
+    address = [ctypes.c_void_p(t.data_ptr()) for t in (x, codebook, distance, indices)]
+    library = ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so")))
+    library.vqfast_cpu_search_counts.restype = None
+    library.vqfast_cpu_search_counts(
+        address[0], sizes[0], address[1], *sizes[1:], _border.METRICS[metric], ROADS.index(road), *address[2:], out
+    )
+    return SearchCounts(ROADS[out[0]], *out[1:], distance, indices)
 
 
 # ---- reasons ---------------------------------------------------------------------------------------------------------------
