@@ -35,6 +35,29 @@ __device__ inline double screen_slack(int metric, i64 dim, double row_length) {
   return tiny + (metric == kL2 ? 1.02 * double(dim + 4) * 0x1p-52 * row_length * row_length : 0.0);
 }
 
+// ---- float16 images of vectors ----------------------------------------------------------------------------------------------------
+
+// 2^e brings a positive length into [16, 32); kept where 2^(2 e) fits a float.
+__device__ __forceinline__ int scale_exponent(float length) {
+  const int exponent = int(bits_of(length) >> 23) - 127;
+  const int e = 4 - exponent;
+  return length == 0 || e > 60 ? 60 : e < -60 ? -60 : e;
+}
+__device__ __forceinline__ double power_of_two(int e) { return ldexp(1.0, e); }
+
+// Rounds to float16 and tells what is left.
+__device__ __forceinline__ uint16_t half_of(double value, double* residual) {
+  const uint16_t bits = f32_to_f16(float(value));
+  *residual = value - double(f16_to_f32(bits));
+  return bits;
+}
+
+// The tensor core adds 16 products and the accumulator after aligning them to the largest, and cuts: by how much `steps` such sums
+// may be off, relative to the sum of all magnitudes. 18 units of 2^-23 a step is what no GPU has confirmed yet.
+__host__ __device__ inline double tensor_core_bound(i64 steps) { return double(steps) * 18 * 0x1p-23; }
+
+// ---- what a screen keeps of a row ---------------------------------------------------------------------------------------------------
+
 struct Top {  // the smallest bound, its code, and the second smallest
   float best, second;
   int code;

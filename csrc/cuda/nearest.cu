@@ -1,7 +1,8 @@
-// Launches nearest. Nothing here waits for the device or allocates: the caller brings one block of memory.
+// Launches nearest, and chooses its screen. Nothing here waits for the device or allocates: the caller brings one block of memory.
 #include "cuda/nearest.cuh"
 
 #include "cuda/layout.h"
+#include "cuda/nearest_few.h"
 
 namespace vq {
 
@@ -23,7 +24,7 @@ int splits_for(const NearestProblem& p) {
 
 }  // namespace
 
-size_t nearest_space(const NearestProblem& p, void* memory, NearestSpace* space) {
+size_t nearest_layout(const NearestProblem& p, void* memory, NearestSpace* space) {
   const i64 groups = p.codebook.groups, codes = groups * p.codebook.size, rows = groups * p.x.rows();
   NearestSpace s{};
   plan_hopper(p, &s);
@@ -58,15 +59,22 @@ size_t nearest_space(const NearestProblem& p, void* memory, NearestSpace* space)
     layout.place(s.row_scale, rows);
     layout.place(s.entries, s.half_splits * rows * 16);
   }
-  if (space) *space = s;
+  *space = s;
   return layout.bytes();
+}
+
+size_t nearest_space(const NearestProblem& p) {
+  FewSpace few;
+  NearestSpace space;
+  return few_rows(p) ? few_layout(p, nullptr, &few) : nearest_layout(p, nullptr, &space);
 }
 
 void nearest(const NearestProblem& p, void* memory, cudaStream_t stream) {
   const i64 rows = p.x.rows();
   if (rows == 0 || p.x.groups == 0) return;
+  if (few_rows(p)) return nearest_few(p, memory, stream);
   NearestSpace space;
-  nearest_space(p, memory, &space);
+  nearest_layout(p, memory, &space);
   const double e0 = screen_bound(p.x.dim);
   const unsigned groups = unsigned(p.x.groups);
   const i64 buckets = groups * space.buckets;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/codebook.cuh"
+#include "cuda/exact.cuh"
 
 namespace vq {
 
@@ -158,25 +159,6 @@ __global__ void __launch_bounds__(kScreenThreads, 2) nearest_screen_kernel(Neare
   }
 }
 
-// ---- the contract's formula ------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ double score_term(int metric, double x, double c) {
-  const double difference = sub(x, c);
-  return metric == kL2 ? mul(difference, difference) : mul(x, c);
-}
-
-// What nearest minimises, from the sum of the terms and the code's norm.
-__device__ __forceinline__ double score_of(int metric, double sum, double code_norm) {
-  if (metric == kL2) return sum;
-  if (metric == kDot) return -sum;
-  return code_norm > 0 ? -div(sum, code_norm) : -0.0;
-}
-
-__device__ __forceinline__ float distance_of(int metric, double score, double row_square) {
-  if (metric != kCosine) return float(score);
-  return row_square > 0 ? float(add(1.0, div(score, sqrt_rn(row_square)))) : 1.0f;
-}
-
 // ---- settle: a warp owns 32 rows --------------------------------------------------------------------------------------------------
 
 struct SettleTerms {
@@ -290,23 +272,6 @@ struct OpenTiles {
   int code[kOpenWarps];
 };
 
-struct Nearest {
-  double score;
-  int code;
-  __device__ __forceinline__ void take(double other, int k) {
-    if (other < score || (other == score && k < code)) score = other, code = k;
-  }
-};
-
-__device__ inline double exact_score(const NearestProblem& p, const NearestSpace& space, i64 g, i64 x_base, i64 k) {
-  const i64 c_base = p.codebook.base(g, k);
-  double sum = 0;
-  for (i64 d = 0; d < p.x.dim; ++d)
-    sum = add(sum, score_term(p.metric, load_f32(p.x.data, p.x.dtype, x_base + d * p.x.stride_d),
-                              load_f32(p.codebook.data, p.codebook.dtype, c_base + d * p.codebook.stride_d)));
-  return score_of(p.metric, sum, p.metric == kCosine ? space.code_norm[g * p.codebook.size + k] : 1.0);
-}
-
 // The lexicographic minimum of (score, code) over the block, returned to thread 0.
 __device__ inline Nearest block_nearest(Nearest mine, OpenTiles& tiles) {
   for (int step = 16; step; step >>= 1) {
@@ -366,11 +331,12 @@ __global__ void __launch_bounds__(kOpenThreads) nearest_rescan_kernel(NearestPro
       }
       if (state == kNever) continue;
       const float reach = space.length[g * size + k];
+      const double norm = p.metric == kCosine ? space.code_norm[g * size + k] : 1.0;
 #pragma unroll
       for (int r = 0; r < kOpenRows; ++r) {
         // Written so that NaN, from rows whose products overflow, counts as near.
         const bool far = state == kScreened && fma(margin[r], reach, score[r]) > limit[r];
-        if (!far) nearest[r].take(exact_score(p, space, g, base[r], k), int(k));
+        if (!far) nearest[r].take(exact_score(p, g, base[r], k, norm), int(k));
       }
     }
 #pragma unroll

@@ -57,10 +57,12 @@ struct NearestProblem {
   i64* indices;     // [B, G, N] contiguous; -1 where masked
 };
 
-// Bytes that `nearest` needs; also lays the space out when `memory` is not nullptr.
-size_t nearest_space(const NearestProblem& problem, void* memory, NearestSpace* space);
-
+// Bytes that `nearest` needs.
+size_t nearest_space(const NearestProblem& problem);
 void nearest(const NearestProblem& problem, void* memory, cudaStream_t stream);
+
+// Lays out what every search needs but that for few rows (nearest_few.h); returns its bytes.
+size_t nearest_layout(const NearestProblem& problem, void* memory, NearestSpace* space);
 
 // nearest_hopper.cu: sets steps, half_splits and id_bits (steps = 0 where the device or D do not allow it), and runs the screen.
 void plan_hopper(const NearestProblem& problem, NearestSpace* space);

@@ -31,21 +31,6 @@ constexpr float kNoEntry = 3.0e38f;
 
 // ---- float16 images ---------------------------------------------------------------------------------------------------------------
 
-// 2^e brings a positive length into [16, 32); kept where 2^(2 e) fits a float.
-__device__ __forceinline__ int scale_exponent(float length) {
-  const int exponent = int(bits_of(length) >> 23) - 127;
-  const int e = 4 - exponent;
-  return length == 0 || e > 60 ? 60 : e < -60 ? -60 : e;
-}
-__device__ __forceinline__ double power_of_two(int e) { return ldexp(1.0, e); }
-
-// Rounds to float16 and tells what is left.
-__device__ __forceinline__ uint16_t half_of(double value, double* residual) {
-  const uint16_t bits = f32_to_f16(float(value));
-  *residual = value - double(f16_to_f32(bits));
-  return bits;
-}
-
 // A thread owns a code: column (k % 128) of its tile, permuted so that a thread of the screen holds groups of 8 neighbours.
 __global__ void __launch_bounds__(128) nearest_code_halves_kernel(NearestProblem p, NearestSpace space) {
   const i64 g = blockIdx.y, tiles = gridDim.x, size = p.codebook.size, k = i64(blockIdx.x) * kTile + threadIdx.x;
@@ -104,9 +89,8 @@ __global__ void __launch_bounds__(kHalfBlock) nearest_row_halves_kernel(NearestP
   // The smallest scaled score: |u|^2/2 - |x||u| is at least -|x||u|, and for l2 at least -|x|^2/2 (0.51 covers half_norm's share).
   double lowest = row_length * code_length;
   if (p.metric == kL2 && 0.51 / ratio * row_length * row_length < lowest) lowest = 0.51 / ratio * row_length * row_length;
-  // The tensor core adds 16 products and the accumulator after aligning them to the largest, and cuts: 18 units of 2^-23 a step.
   const double magnitude = image * (code_length + code_residual) + norm + 2 * lowest + 8;
-  const double accumulation = double(space.steps) * 18 * 0x1p-23 * magnitude;
+  const double accumulation = tensor_core_bound(space.steps) * magnitude;
   const double error = (residual * code_length + image * code_residual + norm * 0x1p-30 + accumulation) * 1.001 + 0x1p-20;
   const float bias = f16_to_f32(f32_to_f16(float((lowest + 1.5 * error) * (1.0 + 0x1p-9) + 0x1p-6)));
   const bool good = usable && double(bias) <= 2 * lowest + 8 && error < 1e4;

@@ -23,7 +23,7 @@ size_t layout_of(const QuantizeProblem& q, void* memory, QuantizeSpace* space) {
   QuantizeSpace s;
   s.blocks = ceil_div(q.search.x.rows(), kQuantizeRows);
   Layout layout(memory);
-  layout.place(s.search, i64(nearest_space(q.search, nullptr, nullptr)));
+  layout.place(s.search, i64(nearest_space(q.search)));
   layout.place(s.stats, i64(stats_space(stats_of(q, nullptr))));
   layout.place(s.distance, q.search.x.rows() * q.search.x.groups);
   layout.place(s.partial, s.blocks * q.search.x.groups);

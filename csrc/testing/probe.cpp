@@ -1,23 +1,48 @@
 // What a test wants to know of the CUDA backend on the executor, beside what the ops return.
-#include "cuda/nearest.h"
+#include "cuda/nearest_few.h"
 
-// How many rows of x [N, D] float32 the screen leaves to float64, for codebook [K, D] float32, both contiguous.
-extern "C" __attribute__((visibility("default"))) long vqfast_open_rows(const float* x, long n, const float* codebook, long k, long dim, int metric) {
-  using namespace vq;
+namespace {
+
+using namespace vq;
+
+// Runs nearest on x [N, D] and codebook [K, D], float32, both contiguous, and asks `count` about its scratch memory.
+template <class Count>
+long after_search(const float* x, long n, const float* codebook, long k, long dim, int metric, Count count) {
   NearestProblem p{};
   p.x = {x, kF32, 1, 1, n, dim, n * dim, n * dim, dim, 1};
   p.codebook = {codebook, kF32, 1, k, dim, k * dim, dim, 1};
   p.metric = metric;
-  auto* distance = static_cast<float*>(std::malloc(size_t(n) * sizeof(float)));
-  auto* indices = static_cast<i64*>(std::malloc(size_t(n) * sizeof(i64)));
-  void* memory = std::malloc(nearest_space(p, nullptr, nullptr));
-  p.distance = distance, p.indices = indices;
+  std::vector<float> distance(static_cast<size_t>(n));
+  std::vector<i64> indices(static_cast<size_t>(n));
+  p.distance = distance.data(), p.indices = indices.data();
+  void* memory = std::malloc(nearest_space(p));
   nearest(p, memory, nullptr);
-  NearestSpace space;
-  nearest_space(p, memory, &space);
-  const long open = long(space.open[0]);
-  std::free(distance), std::free(indices), std::free(memory);
-  return open;
+  const long found = count(p, memory);
+  std::free(memory);
+  return found;
+}
+
+}  // namespace
+
+// How many rows the screen leaves to float64.
+extern "C" __attribute__((visibility("default"))) long vqfast_open_rows(const float* x, long n, const float* codebook, long k, long dim, int metric) {
+  return after_search(x, n, codebook, k, dim, metric, [](const NearestProblem& p, void* memory) {
+    NearestSpace space;
+    nearest_layout(p, memory, &space);
+    return long(space.open[0]);
+  });
+}
+
+// How many tiles of 256 codes the search for few rows evaluates whole, of all its rows; -1: it does not run for this problem.
+extern "C" __attribute__((visibility("default"))) long vqfast_whole_tiles(const float* x, long n, const float* codebook, long k, long dim, int metric) {
+  return after_search(x, n, codebook, k, dim, metric, [](const NearestProblem& p, void* memory) {
+    if (!few_rows(p)) return -1l;
+    FewSpace space;
+    few_layout(p, memory, &space);
+    long whole = 0;
+    for (i64 i = 0; i < space.code_tiles * p.x.rows(); ++i) whole += space.near[i].hides_codes_up_to(space.limit[i % p.x.rows()]);
+    return whole;
+  });
 }
 
 // Bytes of scratch memory that nearest asks for.
@@ -25,5 +50,5 @@ extern "C" __attribute__((visibility("default"))) long vqfast_nearest_bytes(long
   vq::NearestProblem p{};
   p.x = {nullptr, vq::kF32, 1, 1, n, dim, n * dim, n * dim, dim, 1};
   p.codebook = {nullptr, vq::kF32, 1, k, dim, k * dim, dim, 1};
-  return long(vq::nearest_space(p, nullptr, nullptr));
+  return long(vq::nearest_space(p));
 }

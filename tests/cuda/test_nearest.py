@@ -37,8 +37,8 @@ def verify(executor, x, codebook, metric="l2"):
     same(distance.reshape(expected.distance.shape), expected.distance, f"distance, {metric}")
 
 
-def open_rows(executor, x, codebook, metric):
-    run = executor.probe.vqfast_open_rows
+def open_rows(executor, x, codebook, metric, run="vqfast_open_rows"):
+    run = getattr(executor.probe, run)
     run.restype, run.argtypes = (
         ctypes.c_long,
         [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p] + [ctypes.c_long] * 2 + [ctypes.c_int],
@@ -48,13 +48,13 @@ def open_rows(executor, x, codebook, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
-def test_adversarial_data(executor, order, screen, build, metric):
+def test_adversarial_data(executor, order, search, build, metric):
     verify(executor, *build(), metric)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
-def test_adversarial_data_in_low_precision(executor, build, dtype):
+def test_adversarial_data_in_low_precision(executor, search, build, dtype):
     x, codebook = build()
     verify(executor, x.to(dtype), codebook)
     verify(executor, x.to(dtype), codebook.to(dtype))
@@ -62,7 +62,7 @@ def test_adversarial_data_in_low_precision(executor, build, dtype):
 
 @pytest.mark.parametrize("dim", cases.DIMS, ids="D{}".format)
 @pytest.mark.parametrize("metric", METRICS)
-def test_dims(executor, screen, dim, metric):
+def test_dims(executor, search, dim, metric):
     verify(executor, *cases.clustered(25, 33, dim, seed=dim), metric)
 
 
@@ -126,9 +126,57 @@ def test_the_float16_bound_settles_rows_that_float16_alone_could_not(executor, h
     verify(executor, x, codebook, metric)
 
 
+def whole_tiles(executor, x, codebook, metric="l2"):
+    return open_rows(executor, x, codebook, metric, "vqfast_whole_tiles")
+
+
+@pytest.mark.parametrize("n, k, dim", [(1, 1, 1), (15, 255, 31), (17, 257, 33), (127, 513, 64), (129, 70, 65)])
+def test_few_rows_tile_borders(executor, few_rows, order, n, k, dim):
+    """Rows of an mma, blocks of 128 x 256, steps of 32 components, and fewer steps than the ring has stages."""
+    verify(executor, *cases.clustered(n, k, dim, seed=n + k))
+    verify(executor, *cases.clustered(n, k, dim, seed=n + k), "dot")
+
+
+def test_few_rows_with_more_steps_than_stages_and_more_tiles_than_lanes(executor, few_rows, order):
+    verify(executor, *cases.clustered(3, 40, 200, seed=98))
+    verify(executor, *cases.clustered(2, 33 * 256, 4, seed=99))
+
+
+@pytest.mark.parametrize("power", [-140, -70, -13, 3, 40, 100])
+def test_few_rows_of_another_scale_than_the_codes(executor, few_rows, power):
+    x, codebook = cases.normal(20, 24, seed=91) * 2.0**power, cases.normal(200, 24, seed=92)
+    verify(executor, x, codebook), verify(executor, x, codebook, "dot")
+    verify(executor, codebook[:20], x), verify(executor, codebook[:20], x, "dot")
+
+
+def test_few_rows_settle_by_the_codes_that_are_named(executor, few_rows):
+    """The certificate is no formality: at most one tile in a hundred may hide a third code in reach, whatever the
+    offset, with one huge code, and where most codes are copies.
+    """
+    x, codebook = cases.clustered(200, 600, 32, seed=70, spread=0.5)
+    assert whole_tiles(executor, x, codebook) <= 6 and whole_tiles(executor, x, codebook, "dot") <= 6
+    x, codebook = x + 1000, codebook + 1000
+    codebook[77] = 1e30
+    assert whole_tiles(executor, x, codebook) <= 6
+    codebook[100:500] = codebook[99]
+    x = codebook[torch.arange(200) % 100] + 0.5 * cases.normal(200, 32, seed=71)
+    x[77] = x[177] = x[0]
+    assert whole_tiles(executor, x, codebook) <= 6
+    verify(executor, x, codebook)
+
+
+def test_few_rows_with_three_codes_in_reach(executor, few_rows):
+    """Rows between three codes of one tile, and codes one unit of the last place apart: whole tiles are evaluated."""
+    codebook = cases.normal(300, 16, seed=80)
+    codebook[40:60] = codebook[40] * (1 + 2.0**-20 * torch.arange(20)[:, None])
+    x = codebook[40:60] * (1 + 2.0**-22)
+    assert whole_tiles(executor, x, codebook) == 20
+    verify(executor, x, codebook)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, *LOW_PRECISION), ids=str)
 @pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
-def test_strides_of_x(executor, order, view, dtype):
+def test_strides_of_x(executor, order, search, view, dtype):
     x, codebook = cases.clustered(48, 70, 37, seed=60)
     x = x.to(dtype).view(2, 24, 37)
     verify(executor, cases.views(x)[view], codebook, "cosine")
@@ -136,14 +184,14 @@ def test_strides_of_x(executor, order, view, dtype):
 
 
 @pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
-def test_strides_of_codebook(executor, view):
+def test_strides_of_codebook(executor, search, view):
     x, codes = cases.clustered(40, 48, 16, seed=61)
     rows = torch.stack([x, x + 0.1])[None]
     verify(executor, rows, cases.views(codes.view(2, 24, 16))[view])
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_groups_and_batches(executor, screen, order, metric):
+def test_groups_and_batches(executor, search, order, metric):
     x, codebook = cases.normal(3, 2, 50, 9, seed=65), cases.normal(2, 37, 9, seed=66)
     codebook[1, :36] = torch.nan
     x[1, 0, 3] = torch.inf
@@ -152,18 +200,18 @@ def test_groups_and_batches(executor, screen, order, metric):
 
 @pytest.mark.parametrize("x_dtype", (torch.float32, *LOW_PRECISION), ids=str)
 @pytest.mark.parametrize("codebook_dtype", (torch.float32, *LOW_PRECISION), ids=str)
-def test_mixed_dtypes_are_taken_exactly(executor, x_dtype, codebook_dtype):
+def test_mixed_dtypes_are_taken_exactly(executor, search, x_dtype, codebook_dtype):
     x, codebook = cases.clustered(60, 200, 19, seed=50, spread=1.0)
     for metric in METRICS:
         verify(executor, (x + 8).to(x_dtype), (codebook + 8).to(codebook_dtype), metric)
 
 
-def test_no_rows(executor):
+def test_no_rows(executor, search):
     verify(executor, torch.empty(0, 7), cases.normal(5, 7))
 
 
 @pytest.mark.unpoisoned
-def test_offsets_beyond_two_to_the_31(executor):
+def test_offsets_beyond_two_to_the_31(executor, search):
     """Rows, and codes, that lie 2^31 elements apart, in memory of which next to nothing is touched."""
     far = torch.empty((1 << 32) + 64, dtype=torch.bfloat16)
     rows = far.as_strided((1, 1, 3, 8), (0, 0, 1 << 31, 1))
@@ -216,11 +264,12 @@ def test_duplicates_are_left_out_of_the_screen(executor):
     verify(executor, x, copies)
 
 
-def test_scratch_memory_never_holds_one_value_per_pair(executor):
+def test_scratch_memory_never_holds_one_value_per_pair(executor, request):
     size = executor.probe.vqfast_nearest_bytes
     size.restype, size.argtypes = ctypes.c_long, [ctypes.c_long] * 3
     n, k, dim = 1 << 20, 1 << 14, 64
     assert size(n, k, dim) < 64 * n + 8 * (n + k) * dim + (1 << 20)
-    assert (
-        size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 4
-    )  # few rows: the codes are split, N x K still never exists
+    # Few rows: the codes are split, N x K still never exists.
+    assert size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 4
+    request.getfixturevalue("few_rows")
+    assert size(1 << 12, 1 << 16, dim) < (1 << 12) * (1 << 16) / 4

@@ -163,7 +163,7 @@ def assert_contiguous(t):
 @pytest.mark.parametrize("with_sums", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
-def test_quantize(executor, order, metric, masked, with_sums):
+def test_quantize(executor, order, search, metric, masked, with_sums):
     x, codebook = cases.normal(2, 3, 150, 37, seed=30), cases.normal(3, 60, 37, seed=31)
     x[0, 0, 3, 2], x[1, 2, 9] = torch.nan, torch.inf
     mask = torch.rand(2, 150, generator=cases.generator(32)) < 0.7 if masked else None
@@ -188,7 +188,7 @@ def test_quantize_any_strides(executor, order, view):
 
 
 @pytest.mark.parametrize("case", ["no_rows", "all_masked", "all_nonfinite", "no_finite_code"])
-def test_quantize_of_nothing(executor, case):
+def test_quantize_of_nothing(executor, search, case):
     x, codebook, mask = cases.normal(1, 1, 0 if case == "no_rows" else 9, 4), cases.normal(1, 5, 4), None
     if case == "all_masked":
         mask = torch.zeros(1, 9, dtype=torch.bool)
