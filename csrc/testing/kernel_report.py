@@ -28,6 +28,9 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xptxas", 
 # kernel -> (instruction that marks its hot loop, what one thread gets done per such instruction, unit)
 HOT_LOOPS = {
     "nearest_screen_kernel": ("FFMA", 1, "multiply-add"),
+    "masked_conv_kernel": ("FFMA", 1, "multiply-add"),
+    "conv_weight_kernel": ("FFMA", 1, "multiply-add"),
+    "nearest_few_screen_kernel": ("HMMA", 1, "mma"),
     "nearest_hopper_kernel": (
         "VIMNMX3",
         8 / 3,

@@ -120,10 +120,30 @@ def executor(executor_library):
     torch.ops.load_library(str(path))
     ops = SimpleNamespace(probe=ctypes.CDLL(str(path)))
     ops.probe.vqfast_cuda_hopper_allow(1)  # and VQFAST_EXECUTOR_HOPPER decides
-    for name in ("nearest", "gather", "code_stats", "quantize"):
+    for name in (
+        *("nearest", "gather", "code_stats", "quantize"),
+        *("masked_conv", "masked_conv_backward", "gate", "gate_backward"),
+    ):
         setattr(ops, name, getattr(torch.ops.vqfast, f"{name}_cuda"))
     ops.ema_update_ = torch.ops.vqfast.ema_update_cuda_
     return ops
+
+
+@pytest.fixture
+def few_rows(executor):
+    """The search for few rows, which is off by default."""
+    before = executor.probe.vqfast_cuda_few_rows_allow(1)
+    yield
+    executor.probe.vqfast_cuda_few_rows_allow(before)
+
+
+@pytest.fixture(params=["float32 screen", "Hopper screen", "few rows"])
+def search(request, monkeypatch):
+    """Every way to search: the same codes and distances."""
+    monkeypatch.setenv("VQFAST_EXECUTOR_HOPPER", "1" if request.param == "Hopper screen" else "0")
+    if request.param == "few rows":
+        request.getfixturevalue("few_rows")
+    return request.param
 
 
 @pytest.fixture(params=["ascending", "descending"])

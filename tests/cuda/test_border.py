@@ -14,11 +14,17 @@ def arguments() -> dict[str, tuple]:
     codebook = cases.normal(1, 7, 6, seed=2)
     indices = torch.tensor([[[0, 3, -1, 6, 2]], [[1, 1, 5, 0, 4]]])
     mask = torch.tensor([[True, True, False, True, True]] * 2)
+    picture, weight, bias = cases.normal(2, 4, 5, 3, seed=3), cases.normal(6, 4, 3, 3, seed=4), cases.normal(6, seed=5)
+    after = cases.normal(2, 6, 5, 3, seed=6)
     return {
         "nearest": (image, codebook, 0, None, None, None),
         "gather": (codebook, indices),
         "code_stats": (image, indices, 7),
         "quantize": (image, codebook, mask, 1, True, None, None, None),
+        "masked_conv": (picture, weight, bias, True, 1, 2),
+        "masked_conv_backward": (after, picture, weight, False, 2, 1, True, True),
+        "gate": (picture.permute(0, 1, 3, 2), bias[:4].expand(2, 4), 0),
+        "gate_backward": (picture[:, :2], picture, None, 1),
     }
 
 
@@ -52,3 +58,13 @@ def test_unsupported_dtypes_and_shapes_are_refused_in_words(executor):
         executor.nearest(x, cases.normal(1, 5, 3), 0, None, None, None)
     with pytest.raises(RuntimeError, match="indices need x's shape"):
         executor.code_stats(x, torch.zeros(1, 1, 2, dtype=torch.int64), 5)
+    for size in (0, 2**31 - 1):
+        with pytest.raises(RuntimeError, match="codebook_size must lie"):
+            executor.code_stats(x, torch.zeros(1, 1, 3, dtype=torch.int64), size)
+    with pytest.raises(RuntimeError, match="metric must be"):
+        executor.nearest(x, codebook, 3, None, None, None)
+    size, sums, counts = torch.ones(1, 5), torch.ones(1, 5, 4), torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="cluster_sum and sums"):
+        executor.ema_update_(codebook, size, sums, sums[:, :4], counts, None, 0.9, 1e-5)
+    with pytest.raises(RuntimeError, match="frozen must be"):
+        executor.ema_update_(codebook, size, sums, sums, counts, counts, 0.9, 1e-5)

@@ -25,19 +25,21 @@ def gpu():
         pytest.skip("cuda: " + "; ".join(reasons))
 
 
-@pytest.fixture(params=["float32 screen", "Hopper screen"])
-def screen(request, gpu):
+@pytest.fixture(params=["float32 screen", "Hopper screen", "few rows"])
+def search(request, gpu):
     if request.param == "Hopper screen" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("cuda: not a Hopper GPU")
     library = ctypes.CDLL(str(Path(vqfast.__file__).with_name("_C_cuda.so")))
-    before = library.vqfast_cuda_hopper_allow(int(request.param == "Hopper screen"))
+    before_hopper = library.vqfast_cuda_hopper_allow(int(request.param == "Hopper screen"))
+    before_few = library.vqfast_cuda_few_rows_allow(int(request.param == "few rows"))
     yield request.param
-    library.vqfast_cuda_hopper_allow(before)
+    library.vqfast_cuda_hopper_allow(before_hopper)
+    library.vqfast_cuda_few_rows_allow(before_few)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
-def test_adversarial_data(screen, build, metric):
+def test_adversarial_data(search, build, metric):
     x, codebook = build()
     expected = oracle.nearest(x, codebook, metric)
     distance, indices = ops.nearest_cuda(
@@ -47,11 +49,11 @@ def test_adversarial_data(screen, build, metric):
 
 
 @pytest.mark.parametrize("dim", [16, 64, 100, 128, 200, 256, 300])
-def test_many_rows_and_codes(screen, dim):
+def test_many_rows_and_codes(search, dim):
     """More than one wave of blocks, and thousands of tiles through every ring; the reference backend on the same
     device knows.
     """
-    x, codebook = (t.cuda() for t in cases.clustered(40_000, 5_000, dim, seed=dim))
+    x, codebook = (t.cuda() for t in cases.clustered(4_000 if search == "few rows" else 40_000, 5_000, dim, seed=dim))
     distance, indices = ops.nearest_cuda(x[None, None], codebook[None], 0, None, None, None)
     expected = ops.nearest_reference(x[None, None], codebook[None], 0, None, None, None)
     same(indices, expected[1]), same(distance, expected[0])
@@ -60,7 +62,7 @@ def test_many_rows_and_codes(screen, dim):
         same_bits(again[0], distance), same_bits(again[1], indices)
 
 
-def test_a_captured_step_replays_on_new_data(screen):
+def test_a_captured_step_replays_on_new_data(search):
     x, codebook = (t.cuda() for t in cases.clustered(3000, 600, 48, seed=1))
     x, codebook = x[None, None].clone(), codebook[None].clone()
     ops.quantize_cuda(x, codebook, None, 0, True, None, None, None)
@@ -75,7 +77,7 @@ def test_a_captured_step_replays_on_new_data(screen):
         same_bits(a, b)
 
 
-def test_runs_on_the_current_stream_without_waiting(screen):
+def test_runs_on_the_current_stream_without_waiting(search):
     x, codebook = (t.cuda()[None] for t in cases.clustered(500, 200, 16, seed=4))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -96,3 +98,24 @@ def test_statistics_are_the_same_bits_every_time(gpu):
         for a, b in zip(ops.code_stats_cuda(x, indices, 700), first, strict=True):
             same_bits(a, b)
     same(first[1].cpu(), oracle.code_stats(x, indices, 700)[1])
+
+
+def test_masked_conv_is_the_same_bits_every_time_and_in_a_graph(gpu):
+    """And on the CPU: both add in the order of taps and channels."""
+    x, weight, bias = (cases.normal(*size, seed=7).cuda() for size in ((3, 140, 17, 33), (200, 140, 3, 3), (200,)))
+    grad = cases.normal(3, 200, 17, 33, seed=8).cuda()
+
+    def step():
+        y = ops.masked_conv_cuda(x, weight, bias, True, 1, 2)
+        return y, *ops.masked_conv_backward_cuda(grad, x, weight, True, 1, 2, True, True), ops.gate_cuda(y, None, 0)
+
+    first = step()
+    if not vqfast._backends.reasons("masked_conv", "cpu", x.cpu()):
+        same(first[0].cpu(), ops.masked_conv_cpu(x.cpu(), weight.cpu(), bias.cpu(), True, 1, 2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(5):
+        graph.replay()
+        for a, b in zip(captured, first, strict=True):
+            same_bits(a, b)

@@ -34,6 +34,19 @@ for n, k, dim in ((65, 129, 33), (1, 300, 70)):
     nearest(*cases.clustered(n, k, dim, seed=n))
 os.environ["VQFAST_EXECUTOR_HOPPER"] = "0"
 
+ctypes.CDLL(sys.argv[1]).vqfast_cuda_few_rows_allow(1)
+for n, k, dim in ((129, 257, 33), (1, 1, 1)):
+    nearest(*cases.clustered(n, k, dim, seed=n))
+nearest(*cases.nonfinite_rows_and_codes())
+ctypes.CDLL(sys.argv[1]).vqfast_cuda_few_rows_allow(0)
+
+for b, cin, cout, h, w, kh, kw, dilation in ((2, 9, 130, 5, 4, 7, 3, 1), (3, 4, 6, 9, 43, 3, 5, 2)):
+    picture, weight, after = cases.normal(b, cin, h, w), cases.normal(cout, cin, kh, kw), cases.normal(b, cout, h, w)
+    ops.masked_conv_cuda(picture, weight, cases.normal(cout), True, dilation, 1)
+    ops.masked_conv_backward_cuda(after, picture, weight, False, dilation, 1, True, True)
+    ops.gate_cuda(after, cases.normal(b, cout), 0)
+    ops.gate_backward_cuda(after[:, : cout // 2], after, None, 1)
+
 x, codebook = cases.normal(2, 1, 157, 35, seed=1), cases.normal(1, 513, 35, seed=2)
 x[0, 0, 3, 1] = torch.nan
 mask = torch.ones(2, 157, dtype=torch.bool)
