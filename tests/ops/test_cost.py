@@ -1,0 +1,121 @@
+"""Codebooks and rows made to hurt cost at most 1.5 times the dense search (contract, line 3): by counted work, and by time."""
+
+import time
+
+import cases
+import pytest
+import torch
+from check import METRICS
+
+import vqfast
+from vqfast import _backends
+
+ROWS, CODES, DIM = 2048, 1024, 32
+BOUND = 1.5
+
+
+@pytest.fixture(autouse=True)
+def native():
+    reason = "; ".join(_backends.reasons("nearest", "cpu", torch.empty(0)))
+    if reason:
+        pytest.skip(f"native: {reason}")
+
+
+def isotropic():
+    return cases.normal(ROWS, DIM, seed=1), cases.normal(CODES, DIM, seed=2)
+
+
+def screened():
+    """Variance that falls off like a trained encoder's: most codes are passed over."""
+    spread = 1 / torch.arange(1, DIM + 1)
+    return isotropic()[0] * spread, isotropic()[1] * spread
+
+
+def mostly_identical(x, codebook):
+    picked = torch.randperm(CODES, generator=cases.generator(3))[: int(0.9 * CODES)]
+    return x, codebook.index_copy(0, picked, codebook[:1].expand(len(picked), DIM)), CODES - len(picked) + 1
+
+
+def one_huge(x, codebook):
+    changed = codebook.clone()
+    changed[CODES // 2] = 1e30
+    return x, changed, CODES
+
+
+def some_huge(x, codebook):
+    changed = codebook.clone()
+    changed[::100] *= 1e30
+    return x, changed, CODES
+
+
+MADE_TO_HURT = {
+    "as_they_are": lambda x, codebook: (x, codebook, CODES),
+    "mostly_identical": mostly_identical,
+    "all_identical": lambda x, codebook: (x, codebook[:1].expand(CODES, DIM).contiguous(), 1),
+    "all_zero": lambda x, codebook: (x, torch.zeros(CODES, DIM), 1),
+    "rows_equal": lambda x, codebook: (x[:1].expand(ROWS, DIM).contiguous(), codebook, CODES),
+    "one_huge": one_huge,
+    "some_huge": some_huge,
+}
+DATA = {"isotropic": isotropic, "screened": screened}
+
+
+def products(found) -> float:
+    """Work of a search in products of one row's coordinate with one code's, each part at least as dear as it is.
+
+    A panel is 32 codes of at most 9 coordinates and a start, a group the boxes of 16 panels, low and high; a comparison in
+    all coordinates and a decision in float64, which handles half as many numbers at once and in a fixed order, carry overheads.
+    """
+    dense = found.rows * found.searched * DIM if found.road == "dense" else 0
+    panels = 32 * 10 * found.panels + 16 * 2 * 10 * (found.groups + found.rows * (found.panels_of_codebook / 256 + 1))
+    decisions = found.candidates + found.rows * found.always
+    return dense + (panels if found.road == "panels" else 0) + (DIM + 32) * found.evaluations + 4 * DIM * decisions
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("hurt", MADE_TO_HURT)
+@pytest.mark.parametrize("data", DATA)
+def test_counted_work(data, hurt, metric):
+    x, codebook, distinct = MADE_TO_HURT[hurt](*DATA[data]())
+    found = _backends.search_counts(x, codebook, metric)
+    assert torch.equal(found.indices, vqfast.nearest(x, codebook, metric=metric).indices)
+    assert found.searched + found.always <= distinct, "equal codes are searched once"
+    assert products(found) <= BOUND * ROWS * CODES * DIM, (
+        f"{products(found) / (ROWS * CODES * DIM):.2f} of the dense work: {found[:9]}"
+    )
+
+
+@pytest.mark.quick
+def test_screened_data_takes_a_fraction_of_the_work():
+    """The counts mean something: on data that the screen is for they are far below the dense search's."""
+    found = _backends.search_counts(*screened())
+    assert found.road == "panels" and products(found) < 0.5 * ROWS * CODES * DIM
+    assert 0 < found.candidates <= found.evaluations + ROWS and found.panels <= found.panels_of_codebook * ROWS
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("x, codebook", [
+    (torch.ones(4, 3).double(), torch.ones(2, 3)), (torch.ones(4, 3), torch.ones(2, 4)), (torch.ones(3, 4).T, torch.ones(2, 3)),
+    (torch.ones(4, 3), torch.ones(1, 2, 3)),
+], ids=["float64", "dim", "strides", "groups"])  # fmt: skip
+def test_counts_take_plain_tensors_only(x, codebook):
+    with pytest.raises(ValueError, match="contiguous float32"):
+        _backends.search_counts(x, codebook)
+
+
+@pytest.mark.parametrize("hurt", MADE_TO_HURT)
+@pytest.mark.parametrize("data", DATA)
+def test_time(data, hurt, set_threads):
+    """Least processor time of one thread in several rounds, taken in turns with the dense search of the data as they are."""
+    set_threads(1)
+    x, codebook = DATA[data]()
+    rows, codes, _ = MADE_TO_HURT[hurt](x, codebook)
+    work = {"dense": lambda: _backends.search_counts(x, codebook, road="dense"), "hurt": lambda: vqfast.nearest(rows, codes)}
+    least = dict.fromkeys(work, float("inf"))
+    for _ in range(12):
+        for name, call in work.items():
+            start = time.process_time()
+            call()
+            least[name] = min(least[name], time.process_time() - start)
+    assert least["hurt"] <= BOUND * least["dense"], f"{least['hurt'] / least['dense']:.2f} times the dense search"
