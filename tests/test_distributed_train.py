@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from vqfast.data import save_picture
+from vqfast.models import VQVAE2, load_pretrained
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.config import assigned
+from vqfast.train.priors import begin_priors
 from vqfast.train.runs import begin_run
 
 pytestmark = pytest.mark.skipif(
@@ -185,6 +187,56 @@ def test_two_processes_hold_the_same_bits_and_resume_exactly(pictures, tmp_path)
 
 def test_processes_leave_their_group_without_waiting_for_each_other():
     both(LEAVING, *free_ports(12))
+
+
+# Each process trains the priors of the model in the folder, and writes down the weights that it holds at the end.
+PRIORS = """
+import json, os, signal, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from vqfast.train import priors
+settings, folder, stop_at = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+rank, held = int(os.environ["RANK"]), {}
+inner, finish = priors.PriorTrainer._train_step, priors.PriorTrainer.run
+def step(self, batches):
+    inner(self, batches)
+    if rank == 1 and (self.level, self.step + 1) == (0, stop_at):
+        os.kill(os.getpid(), signal.SIGTERM)
+def run(self):
+    outcome = finish(self)
+    held.update({f"{self.level}.{name}": value.contiguous() for name, value in self.model.state_dict().items()})
+    return outcome
+priors.PriorTrainer._train_step, priors.PriorTrainer.run = step, run
+begun = (folder / "config.json").exists()
+outcome = priors.resume_priors(folder, {}) if begun else priors.begin_priors(settings, folder)
+assert outcome.interrupted == (stop_at > 0), outcome
+save_file(held, folder.with_name(f"{folder.name}-rank{rank}.safetensors"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_priors_and_resume_exactly(pictures, tmp_path):
+    model = VQVAE2(hidden=8, residual_hidden=4, residual_layers=1, dims=(4, 4), codebook_sizes=(8, 8))
+    model.save_pretrained(tmp_path / "model")
+    settings = {"codes.model": str(tmp_path / "model"), "codes.views": 3, "data.source": str(pictures)}
+    settings |= {"model.channels": 8, "model.layers": 2, "data.size": 16, "data.batch_size": 2, "train.threads": 1}
+    settings |= {"train.steps": 6, "train.log_every": 2, "train.picture_every": 0}
+    both(PRIORS, json.dumps(assigned(settings)), tmp_path / "whole", 0)
+    both(PRIORS, json.dumps(assigned(settings)), tmp_path / "cut", 4)
+    both(PRIORS, json.dumps(assigned(settings)), tmp_path / "cut", 0)
+    first = weights_of(tmp_path / "whole", 0)
+    assert any(name.startswith("1.") for name in first) and any(name.startswith("0.") for name in first)
+    for folder, rank in (("whole", 1), ("cut", 0), ("cut", 1)):
+        other = weights_of(tmp_path / folder, rank)
+        for name, weight in first.items():
+            assert weight.numpy().tobytes() == other[name].numpy().tobytes(), (folder, rank, name)
+
+    # Two processes with 2 maps each take the steps of one with 4.
+    begin_priors(assigned(settings | {"data.batch_size": 4}), tmp_path / "one", say=lambda text: None)
+    alone = load_pretrained(tmp_path / "one" / "level-1" / "model").state_dict()
+    for name, weight in alone.items():
+        close = torch.isclose(weight, first[f"1.{name}"], rtol=0, atol=1e-4)
+        assert close.double().mean() > 0.99, name
 
 
 @pytest.mark.slow

@@ -10,7 +10,13 @@ import torch
 from vqfast.data import DataFileError, default_folder
 from vqfast.data.pickled_arrays import read_arrays
 from vqfast.models import ModelFileError
-from vqfast.models.perceptual import LPIPS, FeatureStatistics, InceptionFeatures, frechet_distance
+from vqfast.models.perceptual import (
+    LPIPS,
+    FeatureStatistics,
+    InceptionFeatures,
+    frechet_distance,
+    precision_recall,
+)
 
 # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -153,3 +159,22 @@ def test_frechet_distance_does_not_depend_on_the_axes():
     plain = frechet_distance(statistics(a), statistics(b))
     assert plain == pytest.approx(frechet_distance(statistics(b), statistics(a)), rel=1e-10)
     assert plain == pytest.approx(frechet_distance(statistics(a @ turn), statistics(b @ turn)), rel=1e-10)
+
+
+def test_precision_and_recall_count_neighbours_as_the_definition_says():
+    torch.manual_seed(0)
+    real, drawn = torch.randn(40, 3), 0.3 * torch.randn(30, 3) + 0.5
+
+    def covered(points, by, k):
+        """Share of `points` in the ball of any of `by` that reaches its k-th nearest other one."""
+        reach = [sorted(float((a - b).norm()) for j, b in enumerate(by) if j != i)[k - 1] for i, a in enumerate(by)]
+        inside = [any(float((p - a).norm()) <= r for a, r in zip(by, reach, strict=True)) for p in points]
+        return sum(inside) / len(inside)
+
+    for k in (1, 3):
+        assert precision_recall(real, drawn, k) == (covered(drawn, real, k), covered(real, drawn, k))
+    precision, recall = precision_recall(real, drawn)
+    assert recall < precision, "a set in one corner of the other covers little of it"
+    assert precision_recall(real, real) == (1, 1) and precision_recall(real, real + 100) == (0, 0)
+    with pytest.raises(ValueError, match="more than 3"):
+        precision_recall(real[:3], drawn)
