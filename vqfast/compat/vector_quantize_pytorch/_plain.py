@@ -37,7 +37,7 @@ def _chunk_rows(codes: Tensor) -> int:
     return max(1, CHUNK_SCORES // codes.shape[-2])
 
 
-def _again_in_backward(function, *tensors):
+def again_in_backward(function, *tensors):
     """function(*tensors), its intermediates dropped and computed again in backward."""
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, Tensor))):
         return function(*tensors)
@@ -81,7 +81,7 @@ def soft_codes(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) ->
 
     flat = rows.transpose(0, 1).reshape(c, b * n, d)
     out = [
-        torch.cat([_again_in_backward(mean, part, own) for part in group.split(_chunk_rows(codes))])
+        torch.cat([again_in_backward(mean, part, own) for part in group.split(_chunk_rows(codes))])
         for group, own in zip(flat, codes, strict=True)
     ]
     return torch.stack(out).reshape(c, b, n, d).transpose(0, 1)
@@ -98,7 +98,7 @@ def cross_entropy(rows: Tensor, codes: Tensor, targets: Tensor, cosine: bool) ->
 
     step = _chunk_rows(codes)
     sums = [
-        _again_in_backward(total, part, own, aim)
+        again_in_backward(total, part, own, aim)
         for group, own, aims_of_group in zip(flat, codes, aims, strict=True)
         for part, aim in zip(group.split(step), aims_of_group.split(step), strict=True)
     ]
@@ -116,12 +116,12 @@ def diversity(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> 
     positions, batch = max(1, at_once // (b * c)), min(b, at_once)
 
     def entropy(part, *own):  # [b, C, n', D] -> []
-        parts = [_again_in_backward(shares, p, o) for g, o in enumerate(own) for p in part[:, g].split(batch)]
+        parts = [again_in_backward(shares, p, o) for g, o in enumerate(own) for p in part[:, g].split(batch)]
         mean = torch.stack(parts).sum(0) / (b * c) if len(parts) > 1 else parts[0] / (b * c)
         return -(mean * mean.clamp(min=1e-5).log()).sum()
 
     own = codes.unbind(0)
-    parts = [_again_in_backward(entropy, part, *own) for part in rows.split(positions, dim=2)]
+    parts = [again_in_backward(entropy, part, *own) for part in rows.split(positions, dim=2)]
     return -torch.stack(parts).sum() / max(n, 1)
 
 

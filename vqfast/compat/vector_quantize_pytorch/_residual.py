@@ -67,12 +67,11 @@ class Residual(nn.Module):
         """What forward returned for these indices."""
         return self.project_out(self.get_codes_from_indices(indices).sum(0))
 
-    def _padded(self, indices: list[Tensor], losses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Stack per level along a last axis; levels that did not run hold -1 and 0."""
-        missing = self.num_quantizers - len(indices)
-        indices = indices + [torch.full_like(indices[0], -1)] * missing
-        losses = losses + [torch.zeros_like(losses[0])] * missing
-        return torch.stack(indices, -1), torch.stack(losses, -1)
+    def _stacked(self, levels: list[Tensor], missing: int = -1) -> Tensor:
+        """Stack what each level gave along a last axis; levels that did not run hold `missing`."""
+        absent = self.num_quantizers - len(levels)
+        kind = torch.int64 if missing == -1 and absent else levels[0].dtype
+        return torch.stack([*(t.to(kind) for t in levels), *[torch.full_like(levels[0], missing, dtype=kind)] * absent], -1)
 
 
 class Grouped(nn.Module):

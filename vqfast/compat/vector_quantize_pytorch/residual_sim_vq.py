@@ -70,6 +70,6 @@ class ResidualSimVQ(Residual):
             rest, total = rest - quantized.detach(), total + quantized
             found.append(own)
             losses.append(loss)
-        indices, losses = self._padded(found, losses)
+        indices, losses = self._stacked(found), self._stacked(losses, 0)
         result = (total, indices, losses)
         return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
