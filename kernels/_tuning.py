@@ -83,14 +83,15 @@ def conv(out_channels: int, in_channels: int, dtype) -> dict:
     """Tile of the forward pass and the gradient to x: BLOCK_M positions x BLOCK_N channels."""
     block_n, block_k = max(16, power_of_two(out_channels)), conv_channels(in_channels, dtype)
     if dtype.itemsize == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": min(block_n, 64), "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+        # Two stages: a third costs the registers of its addresses, and four to five programs a multiprocessor hide each other's loads.
+        return {"BLOCK_M": 64, "BLOCK_N": min(block_n, 64), "BLOCK_K": block_k, "num_warps": 4, "num_stages": 2}
     block_n = min(block_n, 128)
     return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8 if block_n == 128 else 4, "num_stages": 3}
 
 
 def conv_weight_grad(out_channels: int, in_channels: int, dtype) -> dict:
     """Tile of the gradient to the weights: BLOCK_N x BLOCK_M channels, BLOCK_K positions a step."""
-    most, positions = (64, 16) if dtype.itemsize == 4 else (128, 64)
+    most, positions, stages = (64, 16, 2) if dtype.itemsize == 4 else (128, 64, 3)
     block_n, block_m = (min(most, max(16, power_of_two(n))) for n in (out_channels, in_channels))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": positions, "num_warps": 8 if block_n * block_m == 128 * 128 else 4,
-            "num_stages": 3}  # fmt: skip
+            "num_stages": stages}  # fmt: skip

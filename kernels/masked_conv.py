@@ -25,33 +25,36 @@ from . import _tuning
 from ._cast import _as
 from ._triton import cdiv, interpreted, on_device
 
-# Numbers that change with the batch or the map are never specialized: a new size compiles nothing new.
-_SIZES = ["stride_b", "stride_c", "stride_h", "stride_w", "H", "W", "top", "tall", "positions"]
+# Numbers that change with the batch or the map are never specialized: a new size compiles nothing new. Lines and pictures are counted
+# with a pitch, their length rounded up to 16: the compiler then knows that 16 neighbours lie side by side and gives them to neighbouring
+# threads. Without it, which axis of a tile comes first is a guess, and another one in another version of Triton.
+PITCH = 16
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_h", "C", "H", "W", "top", "tall", "lines"])
 def _pack_kernel(
-    x, stride_b, stride_c, stride_h, stride_w, C, H, W, top, side, tall, positions, out, out_channels,
+    x, stride_b, stride_c, stride_h, stride_w, C, H, W, top, side, tall, lines, pitch, out, out_channels,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out[b, i + top, j + side, c] = x[b, c, i, j], zero elsewhere: BLOCK_P of the B * tall * (W + 2 side) positions, BLOCK_C channels."""
+    """out[b, i + top, j + side, c] = x[b, c, i, j], zero elsewhere: BLOCK_P positions of the B * tall lines, BLOCK_C channels."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     wide = W + 2 * side
-    line = at // wide
-    j = at - line * wide - side
+    line = at // pitch
+    j = at - line * pitch
+    there = (line < lines) & (j < wide)
     b = line // tall
     i = line - b * tall - top
-    inside = (at < positions) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    pixel = x + b * stride_b + i * stride_h + j * stride_w
+    inside = there & (i >= 0) & (i < H) & (j >= side) & (j < W + side)
+    pixel = x + b * stride_b + i * stride_h + (j - side) * stride_w
     value = tl.load(pixel[None, :] + c[:, None] * stride_c, mask=inside[None, :] & (c < C)[:, None], other=0.0)
-    some = (at < positions)[None, :] & (c < out_channels)[:, None]
-    tl.store(out + at[None, :] * out_channels + c[:, None], value.to(out.dtype.element_ty), mask=some)
+    pointers = out + (line * wide + j)[None, :] * out_channels + c[:, None]
+    tl.store(pointers, value.to(out.dtype.element_ty), mask=there[None, :] & (c < out_channels)[:, None])
 
 
-@triton.jit(do_not_specialize=["W", "per_picture", "tall", "pixels"])
+@triton.jit(do_not_specialize=["W", "per_picture", "tall", "pictures"])
 def _conv_kernel(
-    x, weight, bias, out, W, per_picture, tall, pixels, in_channels, out_channels, columns, dilation,
+    x, weight, bias, out, W, per_picture, pitch, tall, pictures, in_channels, out_channels, columns, dilation,
     TAPS: tl.constexpr, UP: tl.constexpr, KW: tl.constexpr, REVERSED: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -64,14 +67,15 @@ def _conv_kernel(
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = r < pixels
-    r = tl.minimum(r, pixels - 1)
-    b = r // per_picture
-    p = r - b * per_picture
-    i = p // W
+    b = r // pitch
+    p = r - b * pitch
+    valid = (b < pictures) & (p < per_picture)
+    read_b = tl.minimum(b, pictures - 1)
+    read_p = tl.minimum(p, per_picture - 1)
+    i = read_p // W
     wide = tl.cast(W, tl.int64) + dilation * (KW - 1)
     k = tl.arange(0, BLOCK_K)
-    x_tile = x + ((b * tall + i) * wide + p - i * W)[:, None] * in_channels + k[None, :]  # [BLOCK_M, BLOCK_K]
+    x_tile = x + ((read_b * tall + i) * wide + read_p - i * W)[:, None] * in_channels + k[None, :]  # [BLOCK_M, BLOCK_K]
     w_tile = weight + k[:, None] * columns + n[None, :]  # [BLOCK_K, BLOCK_N]
     chunks = in_channels // BLOCK_K
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -88,9 +92,8 @@ def _conv_kernel(
         total = tl.dot(tl.load(x_tile + moved), w, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + n, mask=n < out_channels, other=0.0).to(tl.float32)[None, :]
-    total = tl.trans(total)  # [BLOCK_N, BLOCK_M]: neighbouring threads store neighbouring positions
-    pointers = out + (b * out_channels * per_picture + p)[None, :] + n[:, None] * per_picture
-    tl.store(pointers, _as(total, out.dtype.element_ty), mask=valid[None, :] & (n < out_channels)[:, None])
+    pointers = out + (b * out_channels * per_picture + p)[:, None] + n[None, :] * per_picture
+    tl.store(pointers, _as(total, out.dtype.element_ty), mask=valid[:, None] & (n < out_channels)[None, :])
 
 
 @triton.jit(do_not_specialize=["wide", "positions", "per_run"])
@@ -163,9 +166,9 @@ def _pack(x: Tensor, shape: _Geometry, top: int) -> Tensor:
     out = torch.empty(
         (b, h + shape.above, w + 2 * shape.side, cdiv(c, block) * block), dtype=_product_type(x), device=x.device
     )
-    positions, tile = out.shape[0] * out.shape[1] * out.shape[2], _tuning.PACK
-    _pack_kernel[(cdiv(positions, tile["BLOCK_P"]), cdiv(out.shape[3], tile["BLOCK_C"]))](
-        x, *x.stride(), c, h, w, top, shape.side, out.shape[1], positions, out, out.shape[3], **tile
+    lines, pitch, tile = b * out.shape[1], cdiv(out.shape[2], PITCH) * PITCH, _tuning.PACK
+    _pack_kernel[(cdiv(lines * pitch, tile["BLOCK_P"]), cdiv(out.shape[3], tile["BLOCK_C"]))](
+        x, *x.stride(), c, h, w, top, shape.side, out.shape[1], lines, pitch, out, out.shape[3], **tile
     )
     return out
 
@@ -184,8 +187,9 @@ def _conv(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shap
     columns = cdiv(n, tile["BLOCK_N"]) * tile["BLOCK_N"]
     padded = torch.zeros((shape.taps, packed.shape[3], columns), dtype=packed.dtype, device=packed.device)
     padded[:, : weight.shape[1], :n] = weight
-    _conv_kernel[(cdiv(b * h * w, tile["BLOCK_M"]), columns // tile["BLOCK_N"])](
-        packed, padded, out if bias is None else bias, out, w, h * w, packed.shape[1], b * h * w, packed.shape[3], n, columns,
+    pitch = cdiv(h * w, PITCH) * PITCH
+    _conv_kernel[(cdiv(b * pitch, tile["BLOCK_M"]), columns // tile["BLOCK_N"])](
+        packed, padded, out if bias is None else bias, out, w, h * w, pitch, packed.shape[1], b, packed.shape[3], n, columns,
         shape.dilation, TAPS=shape.taps, UP=shape.up, KW=shape.width, REVERSED=reversed_taps, BIAS=bias is not None, **tile,
     )  # fmt: skip
 
@@ -254,7 +258,7 @@ def masked_conv_backward_triton(
 # ---- gate ------------------------------------------------------------------------------------------------------------------
 
 TANH = tl.constexpr(0)
-_GATE_SIZES = ["stride_b", "stride_c", "stride_p", "P", "tiles_c", "tiles_p"]
+_GATE_SIZES = ["stride_b", "stride_c", "P", "tiles_c", "tiles_p"]
 
 
 @triton.jit
@@ -307,7 +311,7 @@ def _gate_kernel(
     tl.store(out + (b * C + c) * P + p, _as(first * _sigmoid(second), out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_GATE_SIZES, "grad_stride_b", "grad_stride_c", "grad_stride_p"])
+@triton.jit(do_not_specialize=[*_GATE_SIZES, "grad_stride_b", "grad_stride_c"])
 def _gate_backward_kernel(
     grad, grad_stride_b, grad_stride_c, grad_stride_p,
     x, stride_b, stride_c, stride_p, vector, out, C, P, tiles_c, tiles_p,

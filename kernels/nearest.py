@@ -46,18 +46,20 @@ def _certify(best, first, second, third, x_width, x_scale, width, slack, padded,
 
 
 @triton.jit
-def _settle_pair(pointers, stride_d, codes, stride_k, code_stride_d, K, D, first, other, two, METRIC: tl.constexpr,
-                 BLOCK_N: tl.constexpr):  # fmt: skip
-    """Score and index of the nearer of two candidates per row, by the contract's formula; ties to the lower index."""
+def _settle_first(pointers, stride_d, codes, stride_k, code_stride_d, K, D, first, METRIC: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Score and index of one candidate per row, by the contract's formula."""
     index = tl.minimum(first, K - 1).to(tl.int64)
-    score = _pair_score(pointers, stride_d, codes + index * stride_k, code_stride_d, D, METRIC, BLOCK_N)
-    if tl.max(two.to(tl.int32), 0) > 0:
-        rival = tl.minimum(other, K - 1).to(tl.int64)
-        rival_score = _pair_score(pointers, stride_d, codes + rival * stride_k, code_stride_d, D, METRIC, BLOCK_N)
-        wins = two & ((rival_score < score) | ((rival_score == score) & (rival < index)))
-        score = tl.where(wins, rival_score, score)
-        index = tl.where(wins, rival, index)
-    return score, index
+    return _pair_score(pointers, stride_d, codes + index * stride_k, code_stride_d, D, METRIC, BLOCK_N), index
+
+
+@triton.jit
+def _settle_rival(score, index, pointers, stride_d, codes, stride_k, code_stride_d, K, D, other, two, METRIC: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
+    """Score and index of the nearer of (score, index) and, in rows that have `two` candidates, the other one; ties to the lower index."""
+    rival = tl.minimum(other, K - 1).to(tl.int64)
+    rival_score = _pair_score(pointers, stride_d, codes + rival * stride_k, code_stride_d, D, METRIC, BLOCK_N)
+    wins = two & ((rival_score < score) | ((rival_score == score) & (rival < index)))
+    return tl.where(wins, rival_score, score), tl.where(wins, rival, index)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "rows", "splits"])
@@ -97,10 +99,13 @@ def _settle_kernel(
     b = flat // N
     n = flat - b * N
     pointers = x + b * stride_b + g * stride_g + n * stride_n
-    score, index = _settle_pair(
-        pointers, stride_d, codebook + g * code_stride_g, code_stride_k, code_stride_d, K, D,
-        first, other, two & certified, METRIC, BLOCK_N,
-    )  # fmt: skip
+    codebook += g * code_stride_g
+    two = two & certified
+    score, index = _settle_first(pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, first, METRIC, BLOCK_N)
+    if tl.max(two.to(tl.int32), 0) > 0:
+        score, index = _settle_rival(
+            score, index, pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, other, two, METRIC, BLOCK_N
+        )
     result = _distance(score, pointers, stride_d, D, METRIC, BLOCK_N)
     out = (b * tl.num_programs(1) + g) * N + n
     tl.store(distance + out, tl.where(bad, float("nan"), result), mask=valid & (certified | bad))
@@ -177,8 +182,10 @@ def _resolve_kernel(
             best, first, second, third, x_width, x_scale, width + g * padded, slack + g * padded, padded, evaluate
         )
         bad = x_width != x_width
-        score, index = _settle_pair(
-            pointers, stride_d, codes, code_stride_k, code_stride_d, K, D, first, other, two & certified, METRIC, BLOCK_N
+        score, index = _settle_first(pointers, stride_d, codes, code_stride_k, code_stride_d, K, D, first, METRIC, BLOCK_N)
+        # Always: most rows of the list have two candidates. (And Triton 3.7 cannot translate a branch with this result for AMD.)
+        score, index = _settle_rival(
+            score, index, pointers, stride_d, codes, code_stride_k, code_stride_d, K, D, other, two & certified, METRIC, BLOCK_N
         )
         still_open = ~certified & ~bad & valid
         if tl.max(still_open.to(tl.int32), 0) > 0:

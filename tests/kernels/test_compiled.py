@@ -136,28 +136,8 @@ for size in ((1, 1, 1), (3, 5, 7), (16, 1, 16), (1, 16, 1), (2, 32, 32), (5, 17,
 """)
 
 
-# Triton 3.7.1 stops at gfx942 with "LLVM Translation failed for operation: builtin.unrealized_conversion_cast"; 3.9.0 compiles them.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-AMD_SEARCH = pytest.mark.xfail(
-    HAS_TRITON and importlib.metadata.version("triton").startswith("3.7"),
-    reason="Triton 3.7 cannot translate the search for gfx942",
-    strict=True,
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launch",
-    [
-        pytest.param("nearest/D64", marks=AMD_SEARCH),
-        "gather/fp32",
-        "code_stats/D128",
-        "ema_update",
-        "masked_conv/",
-        "gate/",
-        pytest.param("quantize/D64", marks=AMD_SEARCH),
-    ],
-)
+@pytest.mark.parametrize("launch", ["nearest/D64", "gather/fp32", "code_stats/D128", "ema_update", "masked_conv/", "gate/", "quantize/D64"])
 def test_amd_targets_compile(launch):
     """gfx942 (MI300): the compiler takes every kernel. Nothing more is known about AMD."""
     compiled(f"""
