@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 
 import pytest
 import torch
@@ -114,6 +115,12 @@ def test_compressed_pictures_come_back_as_the_model_reconstructs_them(work, tmp_
         got, want = (open_picture(tmp_path / kind / "sub" / f"{i}.png") for kind in ("out", "plain"))
         assert got.shape == want.shape == (3, 30 - i, 32)
         assert (got.int() - want.int()).abs().max() <= 1
+    # `vqfast eval --prior` counts what this file holds, but for its header (18 bytes around the JSON) and the names.
+    content = (tmp_path / "x.vqe").read_bytes()
+    header = 18 + int.from_bytes(content[10:14], "little")
+    command("eval", base[0], "--prior", base[1], "--data", work / "pictures", "--json", tmp_path / "eval.json")
+    judged = json.loads((tmp_path / "eval.json").read_text())
+    assert 2 * judged["token_bytes"] == len(content) - header - 2 * len("sub/0.png")
     other = "two" if name == "one" else "one"
     with pytest.raises(Exception, match="was trained on another model"):
         command("decompress", work / other, base[1], tmp_path / "x.vqe", tmp_path / "no")

@@ -32,7 +32,7 @@ from vqfast.train.config import (
     read_toml,
     to_json,
 )
-from vqfast.train.evaluate import CODECS, codec_at, evaluate, psnr, restore, same_size_batches, squared_errors
+from vqfast.train.evaluate import CODECS, Closeness, codec_at, evaluate, psnr, restore, same_size_batches, squared_errors
 from vqfast.train.log import MetricsLog, read_metrics
 from vqfast.train.loop import TrainingError, learning_rate
 from vqfast.train.plots import Chart, picture_grid, save_charts
@@ -526,7 +526,7 @@ def test_codecs_are_taken_at_the_nearest_size(codec, target, pictures):
     items = [torch.from_numpy(np.array(Image.open(pictures / f"p{i}.png"))).permute(2, 0, 1) for i in range(3)]
     name, low, high, options = codec
     sizes = {q: np.mean([len(_compress(item, name, q, options)) for item in items]) for q in range(low, high + 1)}
-    got = codec_at(codec, items, target, None)
+    got = codec_at(codec, items, target, Closeness())
     best = min(abs(size - target) for size in sizes.values())
     # A codec's size may fall by a few bytes between two qualities, so the search may miss the best by that much.
     dip = max(max(sizes[a] for a in range(low, q + 1)) - sizes[q] for q in sizes)

@@ -12,6 +12,7 @@ from vqfast.cli import UserError
 from vqfast.cli._settings import Pictures
 from vqfast.train.config import DataConfig
 from vqfast.train.evaluate import Evaluation, evaluate
+from vqfast.train.priors import find_priors
 from vqfast.train.ranks import pick_device
 from vqfast.train.runs import find_model
 from vqfast.train.sources import SOURCES, open_sources
@@ -28,6 +29,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--pictures", type=int, default=500, help="how many, evenly spread (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--no-codecs", action="store_true", help="leave out JPEG and WebP")
+    parser.add_argument("--prior", metavar="FOLDER", help="count bytes as vqfast compress writes them with this prior")
     parser.add_argument("--fid", action="store_true", help="compute FID too; slow (needs: vqfast data metrics)")
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON too")
 
@@ -36,10 +38,11 @@ def run(args) -> int:
     if args.pictures < 1:
         raise UserError(f"--pictures is {args.pictures}, but must be at least 1")
     model, config, source = find_model(Path(args.model))
+    prior = find_priors(args.model, args.prior)[1] if args.prior else None
     model.to(pick_device(args.device))
     pictures, what, folder = _pictures(args, model, config)
     try:
-        result = evaluate(model, pictures, codecs=not args.no_codecs, perceptual=True, fid=args.fid)
+        result = evaluate(model, pictures, codecs=not args.no_codecs, perceptual=True, fid=args.fid, prior=prior)
     except ValueError as error:  # no picture that can be read, or none that the model can take
         raise UserError(f"{what}: {error}") from None
     print(f"model      {source}\npictures   {result.pictures} of {what}")
@@ -88,14 +91,18 @@ def table(result: Evaluation) -> list[str]:
     if result.codecs:
         lines += [
             "",
-            "at the nearest equal size   bytes     PSNR     SSIM",
-            f"  {'these tokens':<22} {result.token_bytes:>8,.0f} {result.psnr:>8.2f} {_or(result.ssim, '8.4f')}",
+            "at the nearest equal size   bytes     PSNR     SSIM    LPIPS",
+            f"  {'these tokens':<22} {result.token_bytes:>8,.0f} {_closeness(result)}",
         ]
         for codec in result.codecs:
             name, remark = f"{codec.name} quality {codec.quality}", "   (cannot go lower)" if codec.too_large else ""
-            figures = f"{codec.bytes:>8,.0f} {codec.psnr:>8.2f} {_or(codec.ssim, '8.4f')}"
-            lines += [f"  {name:<22} {figures}{remark}"]
+            lines += [f"  {name:<22} {codec.bytes:>8,.0f} {_closeness(codec)}{remark}"]
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def _closeness(found) -> str:
+    parts = [f"{'-' if value is None else format(value, '.4f'):>8}" for value in (found.ssim, found.lpips)]
+    return f"{found.psnr:>8.2f} {' '.join(parts)}"
 
 
 def _or(value: float | None, form: str) -> str:

@@ -140,6 +140,11 @@ def compress_levels(
     return [list(row) for row in zip(*columns)]
 
 
+def stored_bytes(coded: Sequence[bytes]) -> int:
+    """Bytes that a picture takes in a file (`write_compressed`), without its name; `coded` as `compress_levels` gives."""
+    return struct.calcsize("<HIIi") + sum(struct.calcsize("<III") + len(stream) for stream in coded) + 4
+
+
 def decompress_levels(
     prior: CodePrior | HierarchicalPrior,
     pictures: Sequence[Sequence[tuple[int, int, bytes]]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from vqfast.data import default_folder
-from vqfast.models import fit_logistic_scale, float_to_pixels, pad_to_multiple, pixels_to_float
+from vqfast.models import (
+    CodePrior,
+    HierarchicalPrior,
+    fit_logistic_scale,
+    float_to_pixels,
+    pad_to_multiple,
+    pixels_to_float,
+)
+from vqfast.models.compression import compress_levels, stored_bytes
 from vqfast.models.perceptual import LPIPS, FeatureStatistics, InceptionFeatures, frechet_distance
 from vqfast.tokens import packed_bytes
 
@@ -48,9 +57,48 @@ class CodecResult:
     name: str
     quality: int
     bytes: float
+    too_large: bool  # even its lowest quality takes more bytes than the tokens
+    mse: float
     psnr: float
     ssim: float | None
-    too_large: bool  # even its lowest quality takes more bytes than the tokens
+    lpips: float | None
+
+
+class Closeness:
+    """How near restored pictures are to the originals: means over pictures of the measures that this machine has.
+
+    Args:
+        perceptual: LPIPS too, when its weights are on this machine.
+    """
+
+    def __init__(self, perceptual: bool = False):
+        self.ssim, self.lpips = similarity_function(), _lpips_function() if perceptual else None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.errors: list[float] = []
+        self.ratios: list[float] = []
+        self.similarities: list[float] = []
+        self.distances: list[float] = []
+
+    def fresh(self) -> Closeness:
+        """The same measures (LPIPS' weights are shared), nothing seen yet."""
+        other = copy.copy(self)
+        other._clear()
+        return other
+
+    def add(self, pictures: Tensor, restored: Tensor) -> None:
+        """uint8 [B, C, H, W], both."""
+        error = squared_errors(pictures, restored)
+        self.errors += error.tolist()
+        self.ratios += psnr(error).tolist()
+        self.similarities += self.ssim(pictures, restored) if self.ssim else []
+        self.distances += self.lpips(pictures, restored) if self.lpips else []
+
+    def means(self) -> dict[str, float | None]:
+        """mse, psnr, ssim, lpips; None for what was not computed."""
+        values = {"mse": self.errors, "psnr": self.ratios, "ssim": self.similarities, "lpips": self.distances}
+        return {name: _mean(found) if found else None for name, found in values.items()}
 
 
 def evaluate(
@@ -61,6 +109,7 @@ def evaluate(
     likelihood: bool = True,
     perceptual: bool = False,
     fid: bool = False,
+    prior: CodePrior | HierarchicalPrior | None = None,
 ) -> Evaluation:
     """Judges a model.
 
@@ -72,29 +121,26 @@ def evaluate(
         perceptual: compute LPIPS when its weights are on this machine.
         fid: compute FID; slow.
         likelihood: compute bits per dimension (needs sizes that are multiples of the stride).
+        prior: count the bytes of the codes as `vqfast compress` writes them, not packed.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no pictures. ImportError: a prior without the entropy coder.
     """
-    result, kept, similarity = Evaluation(), [], similarity_function()
-    errors, ratios, ssims, bits, token_bytes, pixels_seen = [], [], [], [], [], []
+    result, kept, near = Evaluation(), [], Closeness(perceptual)
+    bits, token_bytes, pixels_seen = [], [], []
     counts = [torch.zeros(q.groups, q.codebook_size, dtype=torch.int64) for q in model.quantizers]
-    scale, lpips, frechet = None, _lpips_function() if perceptual else None, _Frechet() if fid else None
-    distances: list[float] = []
+    scale, frechet = None, _Frechet() if fid else None
     for _, batch in same_size_batches(("", picture) for picture in pictures):
         restored, codes, x = restore(model, batch)
-        error = squared_errors(batch, restored)
-        errors += error.tolist()
-        ratios += psnr(error).tolist()
-        if similarity is not None:
-            ssims += similarity(batch, restored)
-        distances += lpips(batch, restored) if lpips else []
+        near.add(batch, restored)
         if frechet is not None:
             frechet.add(batch, restored)
         for level, indices in enumerate(codes):
             for group, part in enumerate(indices.reshape(len(batch), len(counts[level]), -1).unbind(1)):
                 counts[level][group] += torch.bincount(part.reshape(-1), minlength=counts[level].shape[1])
-        if codes:
+        if prior is not None:
+            token_bytes += [stored_bytes(coded) for coded in compress_levels(prior, codes)]
+        elif codes:
             token_bytes += [
                 sum(packed_bytes(level.shape[1:], count.shape[1]) for level, count in zip(codes, counts, strict=True))
             ] * len(batch)
@@ -105,17 +151,17 @@ def evaluate(
             bits += [float(model.bits_per_dim(x, scale=scale).total)] * len(batch)
         if codecs:
             kept += list(batch)
-    if not errors:
+    if not near.errors:
         raise ValueError("there are no pictures to evaluate on")
-    result.pictures, result.mse, result.psnr = len(errors), _mean(errors), _mean(ratios)
-    result.ssim = _mean(ssims) if ssims else None
-    if similarity is None:
+    result.pictures = len(near.errors)
+    for name, value in near.means().items():
+        setattr(result, name, value)
+    if near.ssim is None:
         result.notes.append("SSIM needs pytorch-msssim or torchmetrics: pip install pytorch-msssim")
-    elif not ssims or len(ssims) < len(errors):
+    elif len(near.similarities) < len(near.errors):
         result.notes.append("SSIM leaves out pictures that are smaller than its window of 11 pixels")
-    if perceptual and not distances:
+    if perceptual and not near.distances:
         result.notes.append("LPIPS needs its weights (vqfast data metrics) and RGB pictures of 32 pixels or more")
-    result.lpips = _mean(distances) if distances else None
     result.fid = frechet.distance() if frechet is not None else None
     if bits:
         result.bits_per_dim = _mean(bits)
@@ -123,7 +169,7 @@ def evaluate(
         result.perplexity, result.usage = map(list, zip(*(_code_figures(count) for count in counts), strict=True))
         result.token_bytes, result.bits_per_pixel = _mean(token_bytes), 8 * sum(token_bytes) / sum(pixels_seen)
     if codecs and result.token_bytes:
-        result.codecs = [codec_at(codec, kept, result.token_bytes, similarity) for codec in usable_codecs(result.notes)]
+        result.codecs = [codec_at(codec, kept, result.token_bytes, near) for codec in usable_codecs(result.notes)]
     return result
 
 
@@ -244,7 +290,7 @@ def usable_codecs(notes: list[str]) -> list[tuple]:
     return found
 
 
-def codec_at(codec: tuple, pictures: list[Tensor], target: float, similarity: Callable | None) -> CodecResult:
+def codec_at(codec: tuple, pictures: list[Tensor], target: float, measures: Closeness) -> CodecResult:
     """A codec at the one quality at which its average file comes nearest to ``target`` bytes.
 
     Bisection on the quality: files grow with it. The two qualities around the target are both tried.
@@ -262,19 +308,12 @@ def codec_at(codec: tuple, pictures: list[Tensor], target: float, similarity: Ca
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) < target else (low, middle)
     quality = low if least >= target else min((low, high), key=lambda q: abs(size(q) - target))
-    ratios, ssims = [], []
+    near = measures.fresh()
     for picture in pictures:
         restored = _decompress(_compress(picture, name, quality, options), picture.shape[0])
-        ratios += psnr(squared_errors(picture[None], restored[None])).tolist()
-        ssims += similarity(picture[None], restored[None]) if similarity else []
-    return CodecResult(
-        "WebP" if name == "WEBP" else name,
-        quality,
-        size(quality),
-        _mean(ratios),
-        _mean(ssims) if ssims else None,
-        least > target,
-    )
+        near.add(picture[None], restored[None])
+    shown = "WebP" if name == "WEBP" else name
+    return CodecResult(shown, quality, size(quality), least > target, **near.means())
 
 
 def _compress(picture: Tensor, name: str, quality: int, options: dict) -> bytes:
