@@ -63,7 +63,8 @@ def suite(on_gpu: bool, deadline: float) -> dict:
         return skipped("neither Triton nor the CUDA library can run here")
     folder = ROOT / "tests" / "ops"
     if on_gpu:
-        words = [str(folder), str(ROOT / "tests" / "kernels" / "test_interpreted.py"), "-k", "triton or cuda or kernels"]
+        kernels = [str(path) for path in (ROOT / "tests" / "kernels").glob("test_interpreted*.py")]
+        words = [str(folder), *kernels, "-k", "triton or cuda or kernels"]
     else:
         words = [str(folder / "test_gather.py"), "-k", "triton and (copies or zeros)"]
     limit = max(30.0, min(240.0, deadline - time.monotonic()))
