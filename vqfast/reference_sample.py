@@ -11,14 +11,128 @@ devices.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 VERSION = 1
-EMBED, CONDITION, CONV, ATTEND, PREVIOUS = 1, 2, 3, 4, 5
 DRAW, SCORE = 0, 1
 PANEL = 64
+EPILOGUES = ("none", "relu", "elu", "gate", "glu")  # gate: tanh(a) sigmoid(b); glu: a sigmoid(b)
 _NONE, _RELU, _ELU, _GATE, _GLU = range(5)
+
+# ---- programs ----------------------------------------------------------------------------------------------
+# The words of a program, in the order of these fields; csrc/cpu/sample.cpp reads the same. Offsets point into the float32
+# weights, -1 means absent. Phase 0 runs once per row for all its columns and reads rows above, phase 1 once per position.
+
+
+class Header(NamedTuple):
+    """A program's first words; its buffers and then its instructions follow."""
+
+    version: int
+    buffers: int
+    instructions: int
+    codebook_size: int
+    logits: int  # buffer
+    classes: int
+    condition: int  # channels
+
+
+class Buffer(NamedTuple):
+    """kind 0: a ring of rows with zero margins left and right. kind 1: an attention cache of the whole map, whose fields
+    are 1, heads, key channels, value channels, 0."""
+
+    kind: int
+    channels: int
+    rows: int
+    left: int
+    right: int
+
+
+class Embed(NamedTuple):
+    """The embedding of the row above (phase 0) or of the columns before the range (phase 1)."""
+
+    phase: int
+    channels: int
+    table: int
+    out: int
+
+
+class Condition(NamedTuple):
+    phase: int
+    out: int
+
+
+class Tap(NamedTuple):
+    buffer: int
+    dy: int
+    dx: int
+    channels: int
+
+
+class Conv(NamedTuple):
+    """out = epilogue(start + sum over taps) + residual. start_kind 0: `start` is the offset of a bias; 1: a buffer."""
+
+    phase: int
+    outputs: int
+    epilogue: int
+    start_kind: int
+    start: int
+    classes: int
+    weights: int
+    out: int
+    raw: int
+    residual: int
+    act: int
+    act_kind: int
+    taps: tuple[Tap, ...]
+
+
+class Attend(NamedTuple):
+    phase: int
+    heads: int
+    key: int
+    value: int
+    q: int
+    k: int
+    v: int
+    out: int
+    cache: int
+    scale: int
+
+
+class Previous(NamedTuple):
+    """The embedding of the code just before in raster order, zeros at the start."""
+
+    phase: int
+    channels: int
+    table: int
+    out: int
+
+
+Instruction = Embed | Condition | Conv | Attend | Previous
+_KINDS: tuple[type, ...] = (Embed, Condition, Conv, Attend, Previous)  # the first word is the place here, from 1 on
+
+
+def write_instruction(i: Instruction) -> list[int]:
+    """An instruction as words: its kind, its fields; taps as their number and then each one's fields."""
+    words = [1 + _KINDS.index(type(i)), *(i[:-1] if isinstance(i, Conv) else i)]
+    return words + ([len(i.taps), *(n for tap in i.taps for n in tap)] if isinstance(i, Conv) else [])
+
+
+def _read_instruction(words: Iterator[int]) -> Instruction:
+    kind = _KINDS[next(words) - 1]
+    if kind is not Conv:
+        return _read(kind, words)
+    fields = [next(words) for _ in Conv._fields[:-1]]
+    return Conv(*fields, tuple(_read(Tap, words) for _ in range(next(words))))
+
+
+def _read(kind: type, words: Iterator[int]):
+    return kind(*(next(words) for _ in kind._fields))
+
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
@@ -216,35 +330,22 @@ class Machine:
 
     def __init__(self, program: Tensor, batch: int, height: int, width: int):
         self.batch, self.height, self.width = batch, height, width
-        stream = iter(program.tolist())
-        if next(stream) != VERSION:
+        words = iter(program.tolist())
+        self.header = _read(Header, words)
+        if self.header.version != VERSION:
             raise ValueError("sample: malformed program: unknown version; build it with vqfast.models.")
-        take = lambda n: [next(stream) for _ in range(n)]  # noqa: E731
-        buffers, instructions, self.codebook_size, self.logits, self.classes, self.condition = take(6)
-        self.buffers = [take(5) for _ in range(buffers)]
+        self.buffers = [_read(Buffer, words) for _ in range(self.header.buffers)]
         self.offsets, self.size = [], 0
         for b in self.buffers:
             self.offsets.append(self.size)
             self.size += batch * self._floats(b)
-        self.code = [self._instruction(next(stream), take) for _ in range(instructions)]
+        self.code = [_read_instruction(words) for _ in range(self.header.instructions)]
 
-    def _floats(self, b: list[int]) -> int:
-        kind, channels, rows, left, right = b
-        if kind == 0:
-            return rows * (left + self.width + right) * _up16(channels)
+    def _floats(self, b: Buffer) -> int:
+        if b.kind == 0:
+            return b.rows * (b.left + self.width + b.right) * _up16(b.channels)
         steps = self.height * self.width
-        return channels * (rows * _up16(steps) + steps * _up16(left))
-
-    @staticmethod
-    def _instruction(op: int, take) -> tuple:
-        if op in (EMBED, PREVIOUS):
-            return op, *take(4)
-        if op == CONDITION:
-            return op, *take(2)
-        if op == ATTEND:
-            return op, *take(10)
-        fields = take(13)
-        return op, *fields[:12], [tuple(take(4)) for _ in range(fields[12])]
+        return b.channels * (b.rows * _up16(steps) + steps * _up16(b.left))
 
 
 def _up16(n: int) -> int:
@@ -271,61 +372,61 @@ class _Run:
 
     def place(self, buffer: int, row: int, c0: int, c1: int, channels: int) -> Tensor:
         """The cells of columns c0..c1-1 of a row, [columns, batch, channels], as a view."""
-        view, left = self.views[buffer], self.m.buffers[buffer][3]
+        view, left = self.views[buffer], self.m.buffers[buffer].left
         return view[row % view.shape[0], left + c0 : left + c1, :, :channels]
 
-    def execute(self, i: tuple, row: int, c0: int, c1: int) -> None:
-        if i[0] == EMBED:
-            _, phase, channels, table, out = i
-            first, last, at = (0, self.m.width, row - 1) if phase == 0 else (max(c0 - 1, 0), c1 - 1, row)
+    def execute(self, i: Instruction, row: int, c0: int, c1: int) -> None:
+        codebook_size = self.m.header.codebook_size
+        if isinstance(i, Embed):
+            first, last, at = (0, self.m.width, row - 1) if i.phase == 0 else (max(c0 - 1, 0), c1 - 1, row)
             if at >= 0 and last > first:
-                codes = self.tokens[:, at, first:last].T.clamp(0, self.m.codebook_size - 1)
-                rows = self.weights[table : table + self.m.codebook_size * channels].view(-1, channels)
-                self.place(out, at, first, last, channels).copy_(rows[codes])
-        elif i[0] == PREVIOUS:
-            _, _, channels, table, out = i
-            flat = self.tokens.reshape(self.m.batch, -1).clamp(0, self.m.codebook_size - 1)
-            rows = self.weights[table : table + self.m.codebook_size * channels].view(-1, channels)
+                codes = self.tokens[:, at, first:last].T.clamp(0, codebook_size - 1)
+                self.place(i.out, at, first, last, i.channels).copy_(self._table(i)[codes])
+        elif isinstance(i, Previous):
+            flat = self.tokens.reshape(self.m.batch, -1).clamp(0, codebook_size - 1)
             for column in range(c0, c1):
                 before = row * self.m.width + column - 1
-                target = self.place(out, row, column, column + 1, channels)[0]
-                target.copy_(rows[flat[:, before]] if before >= 0 else torch.zeros_like(target))
-        elif i[0] == CONDITION:
-            self.place(i[2], row, c0, c1, self.m.condition).copy_(self.condition[:, row, c0:c1].transpose(0, 1))
-        elif i[0] == CONV:
+                target = self.place(i.out, row, column, column + 1, i.channels)[0]
+                target.copy_(self._table(i)[flat[:, before]] if before >= 0 else torch.zeros_like(target))
+        elif isinstance(i, Condition):
+            found = self.condition[:, row, c0:c1].transpose(0, 1)
+            self.place(i.out, row, c0, c1, self.m.header.condition).copy_(found)
+        elif isinstance(i, Conv):
             self._convolve(i, row, c0, c1)
         else:
             self._attend(i, row, c0, c1)
 
-    def _convolve(self, i: tuple, row: int, c0: int, c1: int) -> None:
-        _, _, n, epilogue, start_kind, start, classes, packed, out, raw, residual, act, act_kind, taps = i
-        cells = (c1 - c0, self.m.batch)
-        if start_kind:
-            acc = self.place(start, row, c0, c1, n)
+    def _table(self, i: Embed | Previous) -> Tensor:
+        return self.weights[i.table : i.table + self.m.header.codebook_size * i.channels].view(-1, i.channels)
+
+    def _convolve(self, i: Conv, row: int, c0: int, c1: int) -> None:
+        n, cells = i.outputs, (c1 - c0, self.m.batch)
+        if i.start_kind:
+            acc = self.place(i.start, row, c0, c1, n)
         else:
-            acc = self.weights[start : start + n].expand(*cells, n)
-        if classes >= 0 and self.labels is not None:
-            table = self.weights[classes : classes + self.m.classes * n].view(-1, n)
+            acc = self.weights[i.start : i.start + n].expand(*cells, n)
+        if i.classes >= 0 and self.labels is not None:
+            table = self.weights[i.classes : i.classes + self.m.header.classes * n].view(-1, n)
             extra = table[self.labels.clamp_min(0)]
             acc = torch.where((self.labels >= 0)[:, None], acc + extra, acc)
         acc = acc.reshape(-1, n)
-        weight = unpack(self.weights[packed:], n, sum(t[3] for t in taps), epilogue >= _GATE)
+        weight = unpack(self.weights[i.weights :], n, sum(tap.channels for tap in i.taps), i.epilogue >= _GATE)
         at = 0
-        for buffer, dy, dx, channels in taps:
+        for buffer, dy, dx, channels in i.taps:
             x = self.place(buffer, row + dy, c0 + dx, c1 + dx, channels).reshape(-1, channels)
             acc = self.arithmetic.chain(acc, x, weight[at : at + channels])
             at += channels
-        if raw >= 0:
-            self.place(raw, row, c0, c1, n).copy_(acc.view(*cells, n))
-        if out < 0:
+        if i.raw >= 0:
+            self.place(i.raw, row, c0, c1, n).copy_(acc.view(*cells, n))
+        if i.out < 0:
             return
-        value = self._activate(epilogue, acc)
+        value = self._activate(i.epilogue, acc)
         value = value.reshape(*cells, -1)
-        if residual >= 0:
-            value = value + self.place(residual, row, c0, c1, value.shape[-1])
-        self.place(out, row, c0, c1, value.shape[-1]).copy_(value)
-        if act >= 0:
-            self.place(act, row, c0, c1, value.shape[-1]).copy_(self._activate(act_kind, value))
+        if i.residual >= 0:
+            value = value + self.place(i.residual, row, c0, c1, value.shape[-1])
+        self.place(i.out, row, c0, c1, value.shape[-1]).copy_(value)
+        if i.act >= 0:
+            self.place(i.act, row, c0, c1, value.shape[-1]).copy_(self._activate(i.act_kind, value))
 
     def _activate(self, kind: int, x: Tensor) -> Tensor:
         if kind == _RELU:
@@ -336,24 +437,24 @@ class _Run:
             return (self.arithmetic.gate if kind == _GATE else self.arithmetic.glu)(*x.chunk(2, dim=-1))
         return x
 
-    def _attend(self, i: tuple, row: int, c0: int, c1: int) -> None:
-        _, _, heads, key, value, q, k, v, out, cache, scale = i
-        keys, values = self.views[cache]
+    def _attend(self, i: Attend, row: int, c0: int, c1: int) -> None:
+        heads, key, value = i.heads, i.key, i.value
+        keys, values = self.views[i.cache]
         for column in range(c0, c1):
             t = row * self.m.width + column
             query, new_k, new_v = (
-                self.place(b, row, column, column + 1, heads * n)[0] for b, n in ((q, key), (k, key), (v, value))
+                self.place(b, row, column, column + 1, heads * n)[0] for b, n in ((i.q, key), (i.k, key), (i.v, value))
             )
             keys[..., t] = new_k.view(-1, heads, key)
             values[:, :, t, :value] = new_v.view(-1, heads, value)
-            target = self.place(out, row, column, column + 1, heads * value)[0]
+            target = self.place(i.out, row, column, column + 1, heads * value)[0]
             for b in range(self.m.batch):
                 for h in range(heads):
                     target[b, h * value : (h + 1) * value] = self.arithmetic.attend(
                         query[b, h * key : (h + 1) * key],
                         keys[b, h, :, : t + 1].T,
                         values[b, h, : t + 1, :value],
-                        float(self.weights[scale]),
+                        float(self.weights[i.scale]),
                     )
 
 
@@ -405,10 +506,10 @@ def sample(
         row, c0 = divmod(position, width)
         for phase, begin, end in ((0, 0, width), (1, c0, c0 + step)):
             for i in machine.code:
-                if i[1] == phase and (phase == 1 or c0 == 0):
+                if i.phase == phase and (phase == 1 or c0 == 0):
                     run.execute(i, row, begin, end)
         evaluated += step
-        values = run.place(machine.logits, row, c0, c0 + step, machine.codebook_size)
+        values = run.place(machine.header.logits, row, c0, c0 + step, machine.header.codebook_size)
         for column in range(c0, c0 + step):
             for b in range(batch):
                 z, at = values[column - c0, b], row * width + column

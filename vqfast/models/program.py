@@ -1,6 +1,6 @@
 """A network as a program of the incremental sampler: which sums go by rows, which by positions, over which buffers.
 
-The words are those of `vqfast/ops/sample.py`. Weights are packed [panel][tap, channel][64 outputs], in the order
+The words are those of `vqfast/reference_sample.py`. Weights are packed [panel][tap, channel][64 outputs], in the order
 in which a
 chain of multiply-adds consumes them; a gated panel holds 32 outputs and the 32 that gate them.
 """
@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqfast.ops import sample as words
+from vqfast import reference_sample as words
 
 from .prior_blocks import CausalConv2d
 
 Tap = tuple[int, int, int, Tensor]  # buffer, dy, dx, weight [outputs, channels]
 
-_EPILOGUES = {"none": 0, "relu": 1, "elu": 2, "gate": 3, "glu": 4}
+_EPILOGUES = {name: number for number, name in enumerate(words.EPILOGUES)}
 _PHASES = {"row": 0, "pixel": 1}
 
 
@@ -56,28 +56,28 @@ class ProgramBuilder:
 
     def __init__(self, codebook_size: int, classes: int, condition_channels: int):
         self.codebook_size, self.classes, self.condition_channels = codebook_size, classes, condition_channels
-        self._buffers: list[list[int]] = []
-        self._code: list[list[int]] = []
+        self._buffers: list[words.Buffer] = []
+        self._code: list[words.Instruction] = []
         self._fills: list[tuple[int, int, Callable[[Tensor], object]]] = []
         self._size = 0
         self._logits = -1
         self.condition = -1
         if condition_channels:
             self.condition = self.ring(condition_channels)
-            self._code.append([words.CONDITION, 0, self.condition])
+            self._code.append(words.Condition(0, self.condition))
 
     # ---- buffers and weights ----
 
     def ring(self, channels: int) -> int:
         """A buffer of activations that keeps as many rows as its taps reach up."""
-        self._buffers.append([0, channels, 1, 0, 0])
+        self._buffers.append(words.Buffer(0, channels, 1, 0, 0))
         return len(self._buffers) - 1
 
     def channels(self, buffer: int) -> int:
-        return self._buffers[buffer][1]
+        return self._buffers[buffer].channels
 
     def _cache(self, heads: int, key: int, value: int) -> int:
-        self._buffers.append([1, heads, key, value, 0])
+        self._buffers.append(words.Buffer(1, heads, key, value, 0))
         return len(self._buffers) - 1
 
     def _store(self, tensor: Tensor) -> int:
@@ -103,13 +103,13 @@ class ProgramBuilder:
     def embed(self, table: Tensor) -> int:
         """A buffer with the embedding of the codes so far. table [K, channels]."""
         out, self._table = self.ring(table.shape[1]), self._store(table)
-        self._code += [[words.EMBED, phase, table.shape[1], self._table, out] for phase in (0, 1)]
+        self._code += [words.Embed(phase, table.shape[1], self._table, out) for phase in (0, 1)]
         return out
 
     def previous(self, codes: int) -> int:
         """A buffer with the embedding of the code just before each position; `codes` is what `embed` returned."""
         out = self.ring(self.channels(codes))
-        self._code.append([words.PREVIOUS, 1, self.channels(codes), self._table, out])
+        self._code.append(words.Previous(1, self.channels(codes), self._table, out))
         return out
 
     def conv(
@@ -135,26 +135,14 @@ class ProgramBuilder:
         for buffer, dy, dx, weight in taps:
             self._reach(buffer, dy, dx)
             assert weight.shape[0] == outputs and dy <= 0
-        start = [1, init] if init is not None else [0, self._store(torch.zeros(outputs) if bias is None else bias)]
+        start = (1, init) if init is not None else (0, self._store(torch.zeros(outputs) if bias is None else bias))
         table = -1 if classes is None else self._store(classes)
         gated, weights = epilogue in ("gate", "glu"), [tap[3].detach() for tap in taps]
         packed = self._reserve(packed_size(weights, gated), lambda flat: pack(weights, gated, flat))
-        optional = [-1 if buffer is None else buffer for buffer in (out, raw, residual, act)]
-        code = [
-            words.CONV,
-            _PHASES[phase],
-            outputs,
-            _EPILOGUES[epilogue],
-            *start,
-            table,
-            packed,
-            *optional,
-            _EPILOGUES[act_kind],
-        ]
-        code.append(len(taps))
-        for buffer, dy, dx, weight in taps:
-            code += [buffer, dy, dx, weight.shape[1]]
-        self._code.append(code)
+        optional = (-1 if buffer is None else buffer for buffer in (out, raw, residual, act))
+        found = tuple(words.Tap(buffer, dy, dx, weight.shape[1]) for buffer, dy, dx, weight in taps)
+        kinds = _EPILOGUES[epilogue], _EPILOGUES[act_kind]
+        self._code.append(words.Conv(_PHASES[phase], outputs, kinds[0], *start, table, packed, *optional, kinds[1], found))
 
     def causal(self, buffer: int, layer: CausalConv2d, *, extra: list[Tap] | None = None, **options) -> None:
         """A causal convolution: the taps above the row go by rows, the taps in it by positions; one chain all the same.
@@ -172,16 +160,16 @@ class ProgramBuilder:
 
     def relu_of(self, buffer: int) -> int:
         """Makes the instruction that wrote `buffer` last also write its relu; returns where."""
-        act = self.ring(self._buffers[buffer][1])
-        code = next(c for c in reversed(self._code) if c[0] == words.CONV and c[8] == buffer)
-        code[11], code[12] = act, _EPILOGUES["relu"]
+        act = self.ring(self.channels(buffer))
+        place = max(n for n, i in enumerate(self._code) if isinstance(i, words.Conv) and i.out == buffer)
+        self._code[place] = self._code[place]._replace(act=act, act_kind=_EPILOGUES["relu"])
         return act
 
     def attend(self, q: int, k: int, v: int, heads: int) -> int:
-        key, value = self._buffers[q][1] // heads, self._buffers[v][1] // heads
+        key, value = self.channels(q) // heads, self.channels(v) // heads
         out, cache = self.ring(heads * value), self._cache(heads, key, value)
         scale = self._store(torch.tensor([key**-0.5]))
-        self._code.append([words.ATTEND, 1, heads, key, value, q, k, v, out, cache, scale])
+        self._code.append(words.Attend(1, heads, key, value, q, k, v, out, cache, scale))
         return out
 
     def logits(self, taps: list[Tap], bias: Tensor) -> None:
@@ -189,18 +177,19 @@ class ProgramBuilder:
         self.conv("pixel", taps, bias=bias, out=self._logits)
 
     def finish(self) -> Program:
-        stream = [words.VERSION, len(self._buffers), len(self._code), self.codebook_size, self._logits, self.classes]
-        stream += [self.condition_channels, *(n for b in self._buffers for n in b), *(n for c in self._code for n in c)]
+        sizes = (self.codebook_size, self.classes, self.condition_channels)
+        header = words.Header(words.VERSION, len(self._buffers), len(self._code), sizes[0], self._logits, *sizes[1:])
+        stream = [*header, *(n for b in self._buffers for n in b)]
+        stream += [n for i in self._code for n in words.write_instruction(i)]
         weights = torch.empty(self._size)
         for offset, size, fill in self._fills:
             fill(weights[offset : offset + size])
             weights[offset + size : offset + size + -size % 16] = 0.0
-        sizes = (self.codebook_size, self.classes, self.condition_channels)
         return Program(torch.tensor(stream, dtype=torch.int64), weights, *sizes)
 
     def _reach(self, buffer: int, dy: int, dx: int) -> None:
         b = self._buffers[buffer]
-        b[2], b[3], b[4] = max(b[2], 1 - dy), max(b[3], -dx), max(b[4], dx)
+        self._buffers[buffer] = b._replace(rows=max(b.rows, 1 - dy), left=max(b.left, -dx), right=max(b.right, dx))
 
 
 def packed_size(weights: list[Tensor], gated: bool) -> int:

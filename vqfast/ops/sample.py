@@ -1,25 +1,7 @@
 """sample: runs an autoregressive network over maps of codes, each position computed once, in the canonical arithmetic.
 
-The network is a program of int64 words (built by `vqfast.models.program`):
-
-    VERSION, buffers, instructions, codebook_size, logits buffer, classes, condition channels
-    per buffer        kind, channels, rows, left, right              kind 0: a ring of rows with zero margins left
-    and right
-                      1, heads, key channels, value channels, 0      kind 1: an attention cache of the whole map
-    EMBED, phase, channels, table, out                               phase 0: the row above; 1: the columns before
-    the range
-    PREVIOUS, 1, channels, table, out                                the code just before in raster order, zeros
-    at the start
-    CONDITION, 0, out
-    CONV, phase, outputs, epilogue, start kind, start, class table, weights, out, raw, residual, act, act kind,
-          taps, then per tap: buffer, dy, dx, channels               start kind 0: offset of a bias, 1: a buffer
-    ATTEND, 1, heads, key, value, q, k, v, out, cache, scale
-
-Phase 0 runs once per row for all its columns and reads rows above; phase 1 runs once per position. table, start,
-class table,
-weights and scale are offsets into the float32 weights; -1 means absent. epilogue: 0 none, 1 relu, 2 elu, 3
-tanh(a) sigmoid(b),
-4 a sigmoid(b).
+The network is a program of int64 words, built by `vqfast.models.program`; `vqfast.reference_sample` names its words in
+order and runs it in plain torch.
 """
 
 from __future__ import annotations
@@ -28,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vqfast import _backends, _border, reference_sample
-from vqfast.reference_sample import ATTEND, CONDITION, CONV, DRAW, EMBED, PANEL, PREVIOUS, SCORE, VERSION
+from vqfast.reference_sample import DRAW, SCORE
 
-__all__ = ["ATTEND", "CONDITION", "CONV", "DRAW", "EMBED", "PANEL", "PREVIOUS", "SCORE", "VERSION", "run_program"]
+__all__ = ["DRAW", "SCORE", "run_program"]
 
 # The threads meet after every layer of every position; more of them would wait longer than they work.
 _THREADS = 8
@@ -74,7 +56,7 @@ def run_program(
     logits [B, H, W, K] float32, log_prob [B, H, W] float64, workspace [n] float32.
 
     Args:
-        program, weights: see the module's first lines.
+        program, weights: see `vqfast.reference_sample`.
         tokens: codes; read where given or before `start`, else written. -1 is allowed where a token is drawn.
         workspace: state between calls that continue one another; made when None (then start must be 0).
         logits, log_prob: where to write the canonical logits, and the log-probability of each token under the
