@@ -198,7 +198,8 @@ def _try(twin: nn.Module, seam: Seam, converted: bool, training: bool, devices: 
         inputs = [p for p in (*module.parameters(), *(t for t in tensors if t.is_leaf)) if p.requires_grad]
         gradients = []
         if tensors and inputs:
-            total = sum(t.square().sum() for t in tensors)
+            # Not squares, whose gradient along a sphere is zero.
+            total = sum((t * torch.linspace(-1, 1, t.numel(), device=t.device).view_as(t)).sum() for t in tensors)
             gradients = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
         state = [tensor for _, tensor in sorted(module.state_dict().items())]
         return [torch.as_tensor(value) for value in (*results, *gradients, *state)], ""
