@@ -239,7 +239,7 @@ class Codebook(WideState):
             self._held_size = self._held_sum = None
         self._average(size, sums, weight)
         if ema and not self.manual_ema_update:
-            self.update_ema()
+            self._follow(size.sum(-1)[:, None, None] > 0)
         self._replace_dead(rows, found.indices, pool)
 
     def _average(self, size: Tensor, sums: Tensor, weight: Tensor | None) -> None:
@@ -257,10 +257,14 @@ class Codebook(WideState):
     @torch.no_grad()
     def update_ema(self) -> None:
         """Set every code to its averaged sum over its Laplace-smoothed averaged size."""
+        self._follow(torch.ones((), dtype=torch.bool, device=self.embed.device))
+
+    def _follow(self, where: Tensor) -> None:
+        """`update_ema` where the bool [C, 1, 1] or [] says so."""
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
         mean = self.transform_input(self.embed_avg / smoothed[..., None])
-        usable = mean.isfinite().all(-1, keepdim=True)  # 0 / 0 or an overflow leaves the code as it is
+        usable = where & mean.isfinite().all(-1, keepdim=True)  # 0 / 0 or an overflow leaves the code as it is
         self.embed.data.copy_(torch.where(usable, mean, self.embed))
 
     def update_indices(self, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **kwargs) -> None:

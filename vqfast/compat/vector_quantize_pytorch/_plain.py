@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqfast.compat.vector_quantize_pytorch._gradients import l2norm
 
-CHUNK_SCORES = 1 << 22  # 16 MiB of float32
+CHUNK_SCORES = 1 << 20  # 4 MiB of float32, about what a core's caches hold
 
 # Squared distances under this count as this in the soft assignments: their square root has no finite gradient at 0.
 _MIN_SQUARED = 1e-8
@@ -34,7 +34,7 @@ def logits(rows: Tensor, codes: Tensor, cosine: bool) -> Tensor:
 
 
 def _chunk_rows(codes: Tensor) -> int:
-    return max(1, CHUNK_SCORES // codes.shape[-2])
+    return max(1, 4 * CHUNK_SCORES // (codes.shape[-2] * max(4, codes.element_size())))
 
 
 def again_in_backward(function, *tensors):
@@ -61,7 +61,7 @@ def pick(rows: Tensor, codes: Tensor, cosine: bool, *, temperature: float | None
     flat = flat if temperature else flat.double()
     found = []
     for group, own in zip(flat, codes if temperature else codes.double(), strict=True):
-        for part in group.split(_chunk_rows(codes)):
+        for part in group.split(_chunk_rows(own)):
             scores = logits(part, own, cosine)
             if temperature:
                 scores = scores / temperature + gumbel_noise(scores)

@@ -1,0 +1,339 @@
+"""Where vqfast.compat.vector_quantize_pytorch differs from the other library on purpose; docs/COMPAT.md lists these."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from side_by_side import libraries, pair
+from torch import nn
+
+BASE = {"dim": 16, "codebook_size": 32}
+MASK = torch.arange(128).view(2, 64) % 3 > 0
+HEADS = {
+    "projection": {"codebook_dim": 8},
+    "heads": {"heads": 2, "codebook_dim": 8},
+    "separate heads": {"heads": 2, "codebook_dim": 8, "separate_codebook_per_head": True},
+    "projected heads": {"heads": 3, "codebook_dim": 4, "separate_codebook_per_head": True},
+    "cosine": {"use_cosine_sim": True},
+    "cross entropy, heads": {"heads": 2, "codebook_dim": 8, "commitment_use_cross_entropy_loss": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def parts(layer, x, **kwargs):
+    """One training forward and backward: outputs, x's gradient, the codebook after it."""
+    x = x.clone().requires_grad_()
+    quantized, indices, loss = layer(x, **kwargs)
+    (quantized.sum() + loss.sum()).backward()
+    return quantized.detach(), indices, loss.detach(), x.grad, layer._codebook.embed.detach().clone()
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_masks_work_with_projections_and_heads(case):
+    """A masked batch does what a batch of its valid rows alone does, whatever stands at masked positions."""
+    _, ours = pair("VectorQuantize", **BASE | HEADS[case])
+    _, alone = pair("VectorQuantize", **BASE | HEADS[case])
+    x = torch.randn(2, 64, 16)
+    spoiled = torch.where(MASK[..., None], x, torch.nan)
+    quantized, indices, loss, grad, codes = parts(ours, torch.nan_to_num(spoiled, 1e4), mask=MASK)
+    q, i, l, g, c = parts(alone, x[MASK][None])
+    torch.testing.assert_close(quantized[MASK], q[0])
+    assert torch.equal(indices[MASK], i[0])
+    torch.testing.assert_close(loss, l)
+    torch.testing.assert_close(grad[MASK], g[0])
+    torch.testing.assert_close(codes, c)
+    assert (quantized[~MASK] == 0).all() and (indices[~MASK] == -1).all() and (grad[~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"codebook_dim": 8}, {"threshold_ema_dead_code": 2}, {"use_cosine_sim": True}], ids=str)
+@pytest.mark.parametrize("empty", [True, False], ids=["no rows", "all masked"])
+def test_without_a_valid_row_nothing_changes(kwargs, empty):
+    _, ours = pair("VectorQuantize", **BASE | kwargs)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    x = torch.randn(2, 0 if empty else 64, 16)
+    quantized, indices, loss, grad, _ = parts(ours, x, mask=torch.zeros(x.shape[:2], dtype=torch.bool))
+    assert loss == 0 and not grad.any() and not quantized.any() and (indices == -1).all()
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 2}, {"kmeans_init": True}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_alone(value, kwargs):
+    _, ours = pair("VectorQuantize", **BASE | kwargs)
+    x = torch.randn(2, 64, 16)
+    x[1, 5, 3] = value
+    for _ in range(3):
+        quantized, indices, loss = ours(x)
+    assert loss.isfinite() and quantized[0].isfinite().all() and indices[1, 5] == 0
+    assert all(value.isfinite().all() for value in ours.state_dict().values())
+
+
+def test_one_row_that_is_not_finite_ends_the_other_library_s_codebook():
+    peer, _ = pair("VectorQuantize", **BASE)
+    x = torch.randn(2, 64, 16)
+    x[0, 0, 0] = torch.nan
+    peer(x)
+    assert peer.codebook.isnan().any()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kwargs", [{}, {"codebook_dim": 8}, {"quantize_dropout": True}, {"beam_size": 2}], ids=str)
+def test_feature_maps_in_residual_layers(kwargs, train):
+    """The same as rows: the other library fails unless channels, height and width are equal."""
+    _, image = pair("ResidualVQ", **BASE, num_quantizers=3, accept_image_fmap=True, **kwargs)
+    _, rows = pair("ResidualVQ", **BASE, num_quantizers=3, **kwargs)
+    image.train(train), rows.train(train)
+    x = torch.randn(2, 16, 5, 7)
+    quantized, indices, losses = image(x, freeze_codebook=True, rand_quantize_dropout_fixed_seed=1)
+    q, i, l = rows(x.flatten(2).transpose(1, 2), freeze_codebook=True, rand_quantize_dropout_fixed_seed=1)
+    torch.testing.assert_close(quantized, q.transpose(1, 2).reshape(2, 16, 5, 7))
+    assert torch.equal(indices, i.reshape(2, 5, 7, 3))
+    torch.testing.assert_close(losses, l)
+    torch.testing.assert_close(image.get_output_from_indices(indices), quantized)
+
+
+def test_feature_maps_in_grouped_layers():
+    _, ours = pair("GroupedResidualVQ", **BASE, num_quantizers=3, groups=2, accept_image_fmap=True)
+    x = torch.randn(2, 16, 5, 7)
+    quantized, indices, _ = ours(x, freeze_codebook=True)
+    assert quantized.shape == x.shape and indices.shape == (2, 2, 5, 7, 3)
+    torch.testing.assert_close(ours.get_output_from_indices(indices), quantized)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"heads": 2, "codebook_dim": 8}, {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"channel_last": False}, {"accept_image_fmap": True}], ids=str)
+def test_indices_decode_in_every_layout(layout, kwargs):
+    """Heads that share a codebook, projections behind channels first, and masked positions: the other library fails."""
+    _, ours = pair("VectorQuantize", **BASE | {"dim": 12} | kwargs | layout)
+    ours.eval()
+    x = torch.randn({0: (2, 5, 12), 1: (2, 12, 5)}[len(layout)] if "accept_image_fmap" not in layout else (2, 12, 5, 7))
+    quantized, indices, _ = ours(x)
+    torch.testing.assert_close(ours.get_output_from_indices(indices), quantized)
+    missing = ours.get_codes_from_indices(torch.full_like(indices, -1))
+    assert not missing.any()
+
+
+@pytest.mark.parametrize("layout, shape", [({"channel_last": False}, (2, 16, 40)), ({"accept_image_fmap": True}, (2, 16, 8, 5))])
+def test_masks_in_other_layouts(layout, shape):
+    """lens counts positions, not channels; feature maps take a mask of their own shape."""
+    _, ours = pair("VectorQuantize", **BASE | layout)
+    x = torch.randn(shape)
+    mask = torch.arange(40).view(1, *shape[2:]).expand(2, *shape[2:]) < 30
+    _, indices, _ = ours(x, mask=mask)
+    assert torch.equal(indices >= 0, mask)
+    if len(shape) == 3:
+        assert torch.equal(ours(x, lens=torch.tensor([30, 30]))[1] >= 0, mask)
+
+
+@pytest.mark.parametrize("targets", ["tensor", "list"])
+def test_residual_cross_entropy(targets):
+    """The other library unpacks two results into three names here."""
+    peer, ours = pair("ResidualVQ", **BASE, num_quantizers=3)
+    peer.eval(), ours.eval()
+    x = torch.randn(2, 20, 16)
+    quantized, indices, _ = ours(x)
+    with pytest.raises(ValueError):
+        peer(x, indices=indices)
+    again, entropy = ours(x, indices=indices)
+    torch.testing.assert_close(again, quantized)
+    rest, expected = x, 0.0
+    for level, codes in enumerate(ours.codebooks):
+        expected = expected + nn.functional.cross_entropy(-torch.cdist(rest, codes).transpose(1, 2), indices[..., level])
+        rest = rest - codes[indices[..., level]]
+    torch.testing.assert_close(entropy, expected)
+    assert ours(x, indices=(indices + 1) % 32)[1] > entropy
+    with pytest.raises(AssertionError, match="every level"):
+        ours(x, indices=torch.full_like(indices, -1))
+
+
+def test_grouped_cross_entropy():
+    _, ours = pair("GroupedResidualVQ", **BASE, num_quantizers=3, groups=2)
+    ours.eval()
+    x = torch.randn(2, 20, 16)
+    _, indices, _ = ours(x)
+    quantized, entropy = ours(x, indices=indices)
+    assert quantized.shape == x.shape and entropy < ours(x, indices=(indices + 1) % 32)[1]
+
+
+def test_gradients_of_soft_assignments_are_taken_where_the_forward_was():
+    """The other library's averages overwrite the codebook between forward and backward."""
+    peer, ours = pair("VectorQuantize", **BASE, commitment_use_cross_entropy_loss=True)
+    x = torch.randn(2, 64, 16)
+    grads = []
+    for layer, freeze in ((peer, True), (peer, False), (ours, True), (ours, False)):
+        given = x.clone().requires_grad_()
+        layer(given, freeze_codebook=freeze)[2].backward()
+        grads.append(given.grad)
+    torch.testing.assert_close(grads[0], grads[2], rtol=1e-3, atol=1e-6)
+    assert torch.equal(grads[2], grads[3])
+    assert not torch.allclose(grads[0], grads[1], rtol=1e-2)
+
+
+def test_a_frozen_residual_layer_stays_frozen():
+    peer, ours = pair("ResidualVQ", **BASE, num_quantizers=2, freeze_codebook=True)
+    before = ours.codebooks.clone()
+    ours(torch.randn(2, 64, 16))
+    peer(torch.randn(2, 64, 16))
+    assert torch.equal(ours.codebooks, before) and not torch.equal(peer.codebooks, before)
+    _, shared = pair("ResidualVQ", **BASE, num_quantizers=2, shared_codebook=True, threshold_ema_dead_code=2)
+    before = shared.codebooks.clone()
+    shared(torch.randn(2, 64, 16), freeze_codebook=True)
+    assert torch.equal(shared.codebooks, before)
+
+
+def test_eval_changes_no_affine_statistics():
+    _, ours = pair("VectorQuantize", **BASE, affine_param=True)
+    ours(torch.randn(2, 64, 16))
+    ours.eval()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    ours(torch.randn(2, 64, 16) * 3)
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("name, kwargs", [("VectorQuantize", {}), ("ResidualVQ", {"num_quantizers": 2})])
+def test_state_stays_wide(name, kwargs):
+    peer, ours = pair(name, **BASE, **kwargs)
+    ours.bfloat16()
+    assert {v.dtype for k, v in ours.state_dict().items() if "embed" in k or "cluster" in k} == {torch.float32}
+    quantized, indices, _ = ours(torch.randn(1, 20, 16, dtype=torch.bfloat16))
+    assert quantized.dtype == torch.bfloat16
+    peer.bfloat16()
+    ours.load_state_dict(peer.state_dict(), strict=True)
+    peer.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_autocast_does_not_touch_the_search():
+    peer, ours = pair("VectorQuantize", dim=16, codebook_size=512)
+    for layer in (peer, ours):
+        layer.eval()
+    ours.codebook = torch.randn(512, 16)
+    x = torch.randn(1, 500, 16)
+    plain = ours(x)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x)[1], plain)
+        ours.train()
+        ours._codebook.stochastic = True
+        loss = ours(x)[2]
+    assert loss.dtype == torch.float32
+
+
+def test_starved_codes_all_get_their_turn():
+    """Fewer rows than dead codes: other codes are served every step."""
+    _, ours = pair("VectorQuantize", dim=4, codebook_size=40, threshold_ema_dead_code=2)
+    before = ours.codebook.clone()
+    for _ in range(30):
+        ours(torch.randn(1, 5, 4) + 10)
+    assert (ours.codebook != before).any(-1).all()
+
+
+def test_bad_arguments_are_named():
+    _, face = libraries()
+    for kwargs in (
+        {"straight_through": True},
+        {"directional_reparam": True},
+        {"use_cosine_sim": True, "learnable_codebook": True, "ema_update": False},
+        {"learnable_codebook": True},
+        {"sync_update_v": 0.5},
+        {"affine_param": True, "use_cosine_sim": True},
+    ):
+        for error in (ValueError, AssertionError):
+            with pytest.raises(error):
+                face.VectorQuantize(8, 16, **kwargs)
+    layer = face.VectorQuantize(8, 16)
+    with pytest.raises(ValueError, match=r"\[2, 5, 9\].*\[B, ..., 8\]"):
+        layer(torch.randn(2, 5, 9))
+    with pytest.raises(ValueError, match="mask"):
+        layer(torch.randn(2, 5, 8), mask=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="not both"):
+        layer(torch.randn(2, 5, 8), mask=torch.ones(2, 5, dtype=torch.bool), lens=torch.tensor([1, 2]))
+
+
+def test_explain_names_the_options_that_compare_with_every_code():
+    _, face = libraries()
+    assert "runs on" in face.VectorQuantize(8, 16).explain()
+    text = face.VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0, stochastic_sample_codes=True).explain()
+    assert "codebook_diversity_loss_weight" in text and "stochastic_sample_codes" in text
+    assert "implicit_neural_codebook" in face.ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, implicit_neural_codebook=True).explain()
+
+
+def test_nothing_but_torch_is_imported():
+    code = (
+        "import sys; import vqfast.compat.vector_quantize_pytorch as v;"
+        "bad = {'vector_quantize_pytorch', 'einops', 'einx', 'loguru', 'triton', 'torch._dynamo'} & set(sys.modules);"
+        "assert not bad, bad; assert v.residual_vq.ResidualVQ is v.ResidualVQ"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+ROWS, CODES = 4096, 8192
+OPTIONS = {
+    "default": ("VectorQuantize(8, K)", {}),
+    "cosine": ("VectorQuantize(8, K, use_cosine_sim=True)", {}),
+    "learnable": ("VectorQuantize(8, K, learnable_codebook=True, ema_update=False)", {}),
+    "heads, dead codes": ("VectorQuantize(8, K, threshold_ema_dead_code=2, heads=2, codebook_dim=4)", {}),
+    "k-means": ("VectorQuantize(8, K, kmeans_init=True, kmeans_iters=2)", {}),
+    "orthogonal": ("VectorQuantize(8, K, orthogonal_reg_weight=1.)", {}),
+    "diversity": ("VectorQuantize(8, K, codebook_diversity_loss_weight=1.)", {}),
+    "cross entropy": ("VectorQuantize(8, K, commitment_use_cross_entropy_loss=True)", {}),
+    "stochastic": ("VectorQuantize(8, K, stochastic_sample_codes=True)", {}),
+    "k nearest": ("VectorQuantize(8, K)", {"topk": 2}),
+    "residual": ("ResidualVQ(dim=8, codebook_size=K, num_quantizers=2)", {}),
+    "sim": ("SimVQ(8, K)", {}),
+    "lookup-free": ("LFQ(dim=13)", {}),
+}
+# Memory that is freed goes back to the system (mallopt), so that the resident set is what lives.
+MEASURE = """
+import ctypes, json, sys, torch, vqfast.compat.vector_quantize_pytorch as v
+torch.set_num_threads(1)
+ctypes.CDLL(None).mallopt(-3, 65536)
+
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+def run(layer, x, call):
+    out = layer(x, **call)
+    (out[0].sum() + out[2].sum()).backward()
+
+peaks = {}
+N, K, options = json.loads(sys.argv[1])
+for name, (make, call) in options.items():
+    kind, arguments = make.split("(", 1)
+    layer = LAYERS[name]()
+    x = torch.randn(1, N, 13 if kind == "LFQ" else 8).requires_grad_()
+    run(layer, x[:, :K // 64].detach().requires_grad_(), call)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    run(layer, x, call)
+    peaks[name] = resident("VmHWM") - before
+print(json.dumps(peaks))
+"""
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """Extra memory at the peak of a training step, by option; measured in one process of its own."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not report peaks of resident memory")
+    layers = ", ".join(f"{name!r}: lambda: v.{make}" for name, (make, _) in OPTIONS.items())
+    code = MEASURE.replace("peaks = {}", f"K = {CODES}\nLAYERS = {{{layers}}}\npeaks = {{}}")
+    arguments = json.dumps([ROWS, CODES, OPTIONS])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, arguments], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_option_holds_n_x_k(option, peaks):
+    """An N x K matrix of single bytes is 32 MiB here; the other library holds several of float32."""
+    assert peaks[option] < ROWS * CODES, peaks
