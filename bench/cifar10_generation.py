@@ -46,6 +46,7 @@ from vqfast.train.runs import last_metrics
 from vqfast.train.sources import open_sources
 
 FRACTION = 0.25
+_PER_DIM = {"prior": "bits_per_code", "unigram": "unigram"}
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 
@@ -61,7 +62,7 @@ def bits(prior_folder: Path, shapes: list[list[int]], dims: int) -> list[dict]:
     for level in reversed(range(len(shapes))):
         folder = level_folder(prior_folder, level)
         judged, codes = read_json(folder / "held_out.json"), shapes[level][0] * shapes[level][1]
-        per_dim = {f"{name} per dim": judged[key] * codes / dims for name, key in (("prior", "bits_per_code"), ("unigram", "unigram"))}
+        per_dim = {f"{name} per dim": judged[key] * codes / dims for name, key in _PER_DIM.items()}
         found.append({"level": level, "shape": shapes[level], **judged, **per_dim, "training": budget(folder)})
     return found
 
@@ -180,8 +181,8 @@ def sheet(drawn: Tensor, shown: list[Tensor], classes: list[str]):
 
 HOW = """\
 Made by bench/cifar10_generation.py from a model of {ae[steps]:,} steps of {ae[batch]} pictures and priors of {prior[steps]:,} steps of
-{prior[batch]} maps for each level: a short budget, {minutes:.0f} minutes of one thread in all ({ae_minutes:.0f} of them the autoencoder's) on a machine that
-others used too. {cpu}, torch {torch}, {threads} thread(s), commit {commit}, {date}. Figures in {file}.
+{prior[batch]} maps for each level: a short budget, {minutes:.0f} minutes of one thread in all ({ae_minutes:.0f} of them the
+autoencoder's) on a machine that was busy with other work, which left it a part of a core. {cpu}, torch {torch}, {threads} thread(s), commit {commit}, {date}. Figures in {file}.
 """
 
 
@@ -212,8 +213,8 @@ def render(result: dict, name: str, folder: Path) -> None:
 
 
 def bits_table(levels: list[dict]) -> str:
-    rows = ["| level | codes | prior, bits per code | single codes' frequencies | uniform | prior, bits/dim | single codes, bits/dim |"]
-    rows += ["|---|---|---|---|---|---|---|"]
+    head = ["level", "codes", "prior, bits per code", "single codes' frequencies", "uniform", "prior, bits/dim", "single, bits/dim"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for level in levels:
         shape = "x".join(map(str, level["shape"]))
         rows.append(

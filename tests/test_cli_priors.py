@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from vqfast.cli import demo_generate
 from vqfast.data import open_picture, photographs, save_picture
 from vqfast.models import VQVAE, pixels_to_float
 from vqfast.models.vqvae2 import VQVAE2
@@ -126,3 +127,17 @@ def test_compressed_pictures_come_back_as_the_model_reconstructs_them(work, tmp_
         command("decompress", work / other, base[1], tmp_path / "x.vqe", tmp_path / "no")
     with pytest.raises(Exception, match="model"):
         command("decompress", work / other, work / f"{other}-prior", tmp_path / "x.vqe", tmp_path / "no")
+
+
+def test_the_demo_draws_pictures_and_says_what_they_cost(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no CIFAR-10 there: the embedded photographs
+    monkeypatch.setitem(demo_generate.PHOTOGRAPHS, "codes.views", 3)
+    command("demo_generate", "--steps", 2, "--out", tmp_path / "demo")
+    said = capsys.readouterr().out
+    assert "(photographs)" in said and "level 1 (4x4)" in said and "level 0 (8x8)" in said and "40 pictures of 80 codes" in said
+    assert open_picture(tmp_path / "demo" / "samples.png").shape[2] == 4 + 8 * 100
+    assert open_picture(tmp_path / "demo" / "reconstruction.png").shape[2] == 4 + 10 * 100
+    # Classes get a row each.
+    drawn = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
+    labelled = demo_generate.sample_sheet(drawn, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b"])
+    assert labelled.size == (4 + 3 * 68, 4 + 2 * 88)

@@ -56,7 +56,7 @@ PRIOR = {
 }
 # Crops of the embedded photographs, which have no labels; CIFAR-10 when it is on this machine.
 PHOTOGRAPHS = {"data.source": "photographs", "data.size": 32, "codes.views": 200}
-CIFAR10 = {"data.source": "cifar10", "data.size": 32, "codes.views": 1, "codes.labels": True}
+CIFAR10 = {"data.source": "cifar10", "data.size": 32, "codes.views": 1, "codes.limit": 25_000, "codes.labels": True}
 _PER_CLASS, _UNLABELLED = 8, 40
 
 
