@@ -2,10 +2,12 @@
 file says.
 """
 
+import collections
 import copy
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,50 @@ def test_the_file_that_knows_torch_compiles_without_a_warning(nvcc, tmp_path):
     ]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- bench/gpu_micro -------------------------------------------------------------------------------------------
+
+OPCODES = ("FFMA", "LOP3", "VIMNMX", "VIMNMX3", "VIADDMNMX", "VHMNMX", "FMNMX")
+PER_LOOP = 4 * 16  # rounds in one turn of the unrolled loop, times chains
+
+
+@pytest.fixture
+def gpu_micro(monkeypatch):
+    monkeypatch.syspath_prepend(str(CSRC.parent / "bench"))
+    import gpu_micro
+
+    return gpu_micro
+
+
+@pytest.mark.parametrize("arch", kernel_report.ARCHS)
+def test_microbenchmarks_compile_to_the_instructions_that_they_name(nvcc, gpu_micro, tmp_path, arch):
+    cubin = tmp_path / "gpu_micro.cubin"
+    words = [*gpu_micro.command(nvcc, cubin, arch), "-cubin"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if arch != "90a" or not kernel_report.cuobjdump():
+        return
+    counts = {name: collections.Counter(op.split(".")[0] for _, op, _ in code) for name, code in kernel_report.sass(cubin).items()}
+    for kernel in ("rate_kernel", "beside_kernel"):
+        for opcode in OPCODES:
+            (found,) = [count for name, count in counts.items() if f"{kernel}INS_{len(opcode)}{opcode.capitalize()}E" in name]
+            assert PER_LOOP <= found[opcode] <= PER_LOOP + 48, f"{kernel} {opcode}: {found}"
+            assert ("HGMMA" in found) == (kernel == "beside_kernel")
+            others = {other for other in OPCODES if other not in (opcode, "LOP3", "FFMA") and found[other] > 4}
+            assert not others, f"{kernel} {opcode} is made of {others} too"
+
+
+def test_microbenchmarks_fail_where_they_refute_a_bound(gpu_micro):
+    error = {"what": "mma: largest error of one k16 step", "value": 2.0, "unit": "2^-23 of the magnitudes"}
+    assert gpu_micro.verdict([error]) == {"state": "passed"}
+    for value in (18.5, float("nan")):
+        assert gpu_micro.verdict([{**error, "value": value}])["state"] == "failed"
+    outcome = gpu_micro.verdict([error, {"what": "nearest: wrong codes", "value": 3, "unit": "rows"}])
+    assert outcome["state"] == "failed" and "wrong codes" in outcome["why"]
+
+
+def test_microbenchmarks_say_that_they_need_a_gpu():
+    done = subprocess.run([sys.executable, str(CSRC.parent / "bench" / "gpu_micro.py")], capture_output=True, text=True, timeout=60,
+                          env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip() == "skipped: microbenchmarks need a GPU", done.stdout + done.stderr
