@@ -65,7 +65,10 @@ class Residual(nn.Module):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What forward returned for these indices."""
-        return self.project_out(self.get_codes_from_indices(indices).sum(0))
+        total = 0.0
+        for codes in self.get_codes_from_indices(indices):  # in forward's order, so that the sums are the same bits
+            total = total + codes
+        return self.project_out(total)
 
     def _stacked(self, levels: list[Tensor], missing: int = -1) -> Tensor:
         """Stack what each level gave along a last axis; levels that did not run hold `missing`."""

@@ -228,9 +228,10 @@ class VectorQuantize(nn.Module):
         inner = self._channels_last(x)
         leading = tuple(inner.shape[:-1])
         mask = _layout.mask_of(x, leading, mask, None)
-        indices = indices if mask is None else indices.masked_fill(~(mask if self.heads == 1 else mask[..., None]), -1)
+        indices = indices.reshape(*leading, self.heads)
+        indices = indices if mask is None else indices.masked_fill(~mask[..., None], -1)
         rows = self._rows(self.project_in(inner))
-        indices = _layout.rows_of(indices.reshape(*leading, self.heads), self.heads, self.separate_codebook_per_head)
+        indices = _layout.rows_of(indices, self.heads, self.separate_codebook_per_head)
         self._codebook.update_indices(rows, indices[..., 0])
 
     # for callers of the older name
@@ -429,7 +430,7 @@ class VectorQuantize(nn.Module):
         return _layout.channels_back(out, x, self._channel_first)
 
     def _losses(self, rows, codes, found, leading, freeze, topk, transform) -> tuple[Tensor, LossBreakdown]:
-        zero = self.zero.detach()
+        zero = self.zero.clone()
         if not self.training and topk is None:
             return zero, LossBreakdown(zero, zero, zero, zero)
         commitment = diversity = orthogonal = zero
