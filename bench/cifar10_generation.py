@@ -181,8 +181,9 @@ def sheet(drawn: Tensor, shown: list[Tensor], classes: list[str]):
 
 HOW = """\
 Made by bench/cifar10_generation.py from a model of {ae[steps]:,} steps of {ae[batch]} pictures and priors of {prior[steps]:,} steps of
-{prior[batch]} maps for each level: a short budget, {minutes:.0f} minutes of one thread in all ({ae_minutes:.0f} of them the
-autoencoder's) on a machine that was busy with other work, which left it a part of a core. {cpu}, torch {torch}, {threads} thread(s), commit {commit}, {date}. Figures in {file}.
+{prior[batch]} maps for each level: a short budget, {minutes:.0f} minutes by the clock in all, {ae_minutes:.0f} of them the autoencoder's.
+{cpu}, torch {torch}, {threads} thread(s), commit {commit}, {date}; load average {load:.0f} when the measuring began (the clock of
+a busy machine says little). Figures in [{file}]({file}).
 """
 
 
@@ -194,7 +195,7 @@ def render(result: dict, name: str, folder: Path) -> None:
     how = HOW.format(
         ae=ae, prior=levels[0]["training"], minutes=seconds / 60, ae_minutes=ae["seconds"] / 60, cpu=where["cpu"],
         torch=where["versions"]["torch"], threads=where["threads"], commit=where["commit"], date=result["date"][:10],
-        file=name,
+        file=name, load=where["load average at the start"][0],
     )  # fmt: skip
     plot_curve([CurvePoint(**point) for point in result["curve"]], folder / "priors_curve.png")
     sections = [

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Decoder, Encoder
-from .likelihood import NATURAL_VARIANCE, Likelihood
+from .likelihood import Likelihood
 from .pretrained import PretrainedModel
-from .vqvae import BitsPerDim, check_pictures, check_settings
+from .vqvae import BitsPerDim, PictureConfig, check_pictures, check_settings
 
 
 class VAEOutput(NamedTuple):
@@ -26,18 +26,13 @@ class VAEOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VAEConfig:
-    """Settings of a `VAE`; the names mean what they mean in `VQVAEConfig`, `dim` is the latents' channels."""
+class VAEConfig(PictureConfig):
+    """Settings of a `VAE`, beyond those of `PictureConfig`: `dim` is the latents' channels, and the likelihood one of 8-bit
+    levels, so that the loss bounds bits.
+    """
 
-    in_channels: int = 3
-    hidden: int = 128
-    residual_hidden: int = 32
-    residual_layers: int = 2
-    stages: int = 2
     dim: int = 64
     likelihood: str = "discretized_logistic"
-    data_variance: float = NATURAL_VARIANCE
-    scale: str | float = "learned"
 
     def __post_init__(self) -> None:
         check_settings(self)

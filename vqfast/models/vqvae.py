@@ -83,20 +83,13 @@ def check_pictures(x: Tensor, channels: int, stride: int) -> None:
 
 
 @dataclass(frozen=True)
-class CodingConfig:
-    """What the models with codes share, whatever the number of their levels. The defaults are Sonnet's CIFAR-10 example
-    except for its debiased update rule.
+class PictureConfig:
+    """What all models of pictures share.
 
     Attributes:
         in_channels: of the picture.
         hidden, residual_hidden, residual_layers: widths and depth of encoder and decoder.
         stages: 4x4 stride-2 convolutions; the (finest) latents are 2**stages times smaller than the picture.
-        quantizer: "ema" (the codebook follows moving averages) or "loss" (it follows the gradient of eq. 3).
-        commitment_weight: beta.
-        metric: "l2", "cosine" or "dot".
-        decay, eps, rule: of the moving averages; rule "debiased" is Sonnet's. Unused by "loss".
-        revive_below: codes whose cluster size falls under it are replaced by encoder outputs; 0: never.
-        auto_update: the codebook moves in every training forward; False: when `update_()` is called.
         likelihood, data_variance, scale: see `Likelihood`. The default variance is about that of natural
             pictures, and puts the squared error on a par with the quantizer's losses.
     """
@@ -106,6 +99,25 @@ class CodingConfig:
     residual_hidden: int = 32
     residual_layers: int = 2
     stages: int = 2
+    likelihood: str = "mse"
+    data_variance: float = NATURAL_VARIANCE
+    scale: str | float = "learned"
+
+
+@dataclass(frozen=True)
+class CodingConfig(PictureConfig):
+    """What the models with codes share, whatever the number of their levels. The defaults are Sonnet's CIFAR-10 example
+    except for its debiased update rule.
+
+    Attributes:
+        quantizer: "ema" (the codebook follows moving averages) or "loss" (it follows the gradient of eq. 3).
+        commitment_weight: beta.
+        metric: "l2", "cosine" or "dot".
+        decay, eps, rule: of the moving averages; rule "debiased" is Sonnet's. Unused by "loss".
+        revive_below: codes whose cluster size falls under it are replaced by encoder outputs; 0: never.
+        auto_update: the codebook moves in every training forward; False: when `update_()` is called.
+    """
+
     quantizer: str = "ema"
     commitment_weight: float = 0.25
     metric: str = "l2"
@@ -114,9 +126,6 @@ class CodingConfig:
     rule: str = "ema"
     revive_below: float = 0.0
     auto_update: bool = True
-    likelihood: str = "mse"
-    data_variance: float = NATURAL_VARIANCE
-    scale: str | float = "learned"
 
 
 @dataclass(frozen=True)
