@@ -301,6 +301,47 @@ def data_parallel(rank, world, path):
 
 
 @scenario
+def fully_sharded(rank, world, path):
+    """Encoder and quantizer under FSDP2: the same codes and codebooks as DistributedDataParallel gives, sharded or not."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    join(rank, world, path)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+
+    class Network(torch.nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = torch.nn.Linear(DIM, DIM)
+            self.quantizer = make(kind, **({"num_quantizers": 2} if kind == "residual" else {}))
+
+        def forward(self, z):
+            return self.quantizer(self.encoder(z))
+
+    for kind in ("parameter", "ema", "residual"):
+        sharded, plain = Network(kind), torch.nn.parallel.DistributedDataParallel(Network(kind))
+        fully_shard(sharded.quantizer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters()), kind
+        optimizers = [torch.optim.SGD(network.parameters(), lr=0.5) for network in (sharded, plain)]
+        for step in range(4):
+            z = batches(step, world, integer=False)[rank]
+            indices = []
+            for network, optimizer in zip((sharded, plain), optimizers):
+                optimizer.zero_grad()
+                out = network(z)
+                (out.loss + out.quantized.square().mean()).backward()
+                optimizer.step()
+                indices.append(out.indices)
+            assert torch.equal(*indices), f"{kind}, step {step}: other codes"
+            whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state_of(sharded).items()}
+            assert_equal_on_all(whole, f"{kind}, step {step}")
+            for name, tensor in state_of(plain.module).items():
+                torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@scenario
 def kmeans_start(rank, world, path):
     """init_codebook_ is a collective of its own: all processes' rows, one result; a process may have too few rows, or none."""
     join(rank, world, path)

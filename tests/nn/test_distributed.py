@@ -67,5 +67,9 @@ def test_distributed_data_parallel():
     run("data_parallel", 2)
 
 
+def test_fully_sharded_data_parallel():
+    run("fully_sharded", 2)
+
+
 def test_kmeans_start_uses_all_rows():
     run("kmeans_start", 3)
