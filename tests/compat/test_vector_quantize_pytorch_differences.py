@@ -197,6 +197,53 @@ def test_eval_changes_no_affine_statistics():
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
 
 
+def test_replaced_codes_stand_where_the_affine_map_expects_them():
+    # No whole number of rows takes a size of 1 to this threshold, so codes of this size have just been replaced.
+    _, ours = pair("VectorQuantize", **BASE, affine_param=True, threshold_ema_dead_code=2.7)
+    x = torch.randn(2, 64, 16) * 4 + 3
+    ours(x)
+    fresh = ours._codebook.cluster_size[0] == 2.7
+    assert fresh.any()
+    distance = (ours._codebook.codes()[0][fresh][:, None] - x.flatten(0, 1)).norm(dim=-1)
+    assert (distance.min(-1).values < 1e-4).all()
+
+
+def test_a_shared_codebook_learns_by_its_in_place_optimizer():
+    options = {"learnable_codebook": True, "ema_update": False, "shared_codebook": True}
+    optimizer = {"in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
+    peer, ours = pair("ResidualVQ", **BASE, num_quantizers=3, **options, **optimizer)
+    before = ours.codebooks.detach().clone()
+    x = torch.randn(2, 64, 16)
+    for _ in range(3):
+        losses = [layer(x)[2] for layer in (peer, ours)]
+    assert torch.equal(peer.codebooks, before) and not torch.equal(ours.codebooks, before)
+    assert losses[1].sum() < losses[0].sum()
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("ResidualFSQ", {"levels": [5, 5, 5], "num_quantizers": 3, "orthogonal_rotation": True}),
+        ("ResidualLFQ", {"dim": 6, "codebook_size": 64, "num_quantizers": 3, "spherical": True}),
+        ("ResidualLFQ", {"dim": 6, "codebook_size": 64, "num_quantizers": 3, "orthogonal_rotation": True}),
+    ],
+)
+def test_rotated_and_spherical_levels_decode(name, kwargs):
+    peer, ours = pair(name, **kwargs)
+    peer.eval(), ours.eval()
+    x = torch.randn(2, 30, 3 if name == "ResidualFSQ" else 6)
+    quantized, indices = ours(x)[:2]
+    torch.testing.assert_close(ours.get_output_from_indices(indices), quantized)
+    assert not torch.allclose(peer.get_output_from_indices(indices), quantized)
+
+
+def test_masked_positions_decode_to_zeros():
+    peer, ours = pair("VectorQuantize", **BASE)
+    none = torch.full((1, 3), -1)
+    assert torch.equal(peer.get_codes_from_indices(none)[0, 0], peer.codebook[-1])
+    assert not ours.get_codes_from_indices(none).any()
+
+
 @pytest.mark.parametrize("name, kwargs", [("VectorQuantize", {}), ("ResidualVQ", {"num_quantizers": 2})])
 def test_state_stays_wide(name, kwargs):
     peer, ours = pair(name, **BASE, **kwargs)
