@@ -1,4 +1,5 @@
-"""Statistics per code and the moving-average update, against the one-hot product that most layers use and index_add.
+"""Statistics per code and the moving-average update, against the one-hot product that most layers use, index_add, and a
+copy of the rows.
 
 pytest bench/bench_ema.py --benchmark-only
 """
@@ -42,6 +43,13 @@ def bench_code_stats(benchmark, shape, method):
     assert ((found[0].double() - sums[0]).abs() <= bound).all()
     benchmark.group = "code_stats"
     timed(benchmark, lambda: METHODS[method](x, indices, shape.codes), shape)
+
+
+@over(STEPS, ["copy"])
+def bench_copy(benchmark, shape, method):
+    x, _ = shape.load()
+    benchmark.group = "code_stats"
+    timed(benchmark, x.clone, shape)
 
 
 @over(STEPS, ["vqfast", "torch"])

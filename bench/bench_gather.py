@@ -1,4 +1,4 @@
-"""gather (decoding) and its gradient, against torch.nn.functional.embedding.
+"""gather (decoding) and its gradient, against torch.nn.functional.embedding and a copy of the result.
 
 pytest bench/bench_gather.py --benchmark-only
 """
@@ -32,6 +32,13 @@ def bench_gather(benchmark, shape, method):
     codebook, indices = prepared(shape, method)
     benchmark.group = "gather"
     timed(benchmark, lambda: METHODS[method](codebook, indices), shape)
+
+
+@over(STEPS, ["copy"])
+def bench_copy(benchmark, shape, method):
+    x, _ = shape.load()
+    benchmark.group = "gather"
+    timed(benchmark, x.clone, shape)
 
 
 @over(STEPS, METHODS)

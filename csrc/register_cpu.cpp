@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -160,20 +161,31 @@ std::tuple<Tensor, Tensor> code_stats_cpu(Tensor x, Tensor indices, int64_t code
   Tensor sums = torch::stable::new_empty(x, {groups, codebook_size, dim}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(x, {groups, codebook_size}, ScalarType::Long);
   const vqfast::Parallel parallel = pool();
-  std::vector<int64_t> kept(batches * count);
+  std::vector<int64_t> own;
   for (int64_t g = 0; g < groups; ++g) {
     const vqfast::Rows group = vqfast::rows_of_group(rows, g, parallel);
-    bool in_range = true;
-    for (int64_t i = 0; i < group.count; ++i) {
-      const int64_t index = from[(i / count * groups + g) * count + i % count];
-      in_range = in_range && index >= -1 && index < codebook_size;
-      bool finite = true;
-      if (index >= 0) vqfast::kernels().inspect(group.row(i), dim, &finite);
-      kept[i] = finite ? index : -1;
+    const int64_t* index = from + g * count;  // [B, G, N]: one run where there is one batch or one group
+    if (batches > 1 && groups > 1) {
+      own.resize(batches * count);
+      for (int64_t b = 0; b < batches; ++b) std::copy_n(from + (b * groups + g) * count, count, own.data() + b * count);
+      index = own.data();
     }
-    STD_TORCH_CHECK(in_range, "IndexError: an index lies outside -1..", codebook_size - 1, ".");
-    vqfast::code_stats(group, kept.data(), codebook_size, mutable_data<float>(sums) + g * codebook_size * dim,
-                       mutable_data<int64_t>(counts) + g * codebook_size, parallel);
+    auto run = [&] {
+      return vqfast::code_stats(group, index, codebook_size, mutable_data<float>(sums) + g * codebook_size * dim,
+                                mutable_data<int64_t>(counts) + g * codebook_size, parallel);
+    };
+    vqfast::Stats done = run();
+    if (done == vqfast::Stats::kNotFinite) {  // rare, so clean rows are not read twice: without those rows, once more
+      std::vector<int64_t> kept(index, index + group.count);
+      for (int64_t i = 0; i < group.count; ++i) {
+        bool finite = true;
+        if (kept[i] >= 0) vqfast::kernels().inspect(group.row(i), dim, &finite);
+        if (!finite) kept[i] = -1;
+      }
+      index = kept.data();
+      done = run();
+    }
+    STD_TORCH_CHECK(done != vqfast::Stats::kOutOfRange, "IndexError: an index lies outside -1..", codebook_size - 1, ".");
   }
   return {sums, counts};
 }

@@ -4,8 +4,11 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <vector>
 
+#include "ema_rows.h"
 #include "search.h"
 
 namespace vqfast {
@@ -19,68 +22,119 @@ struct Edge {
   std::vector<double> total;
 };
 
-void flush(const double* total, float* sums, int64_t code, int64_t dim) {
-  for (int64_t d = 0; d < dim; ++d) sums[code * dim + d] = (float)total[d];
+// Rows of each code, in order: code c has order[begin[c]] .. order[begin[c + 1] - 1].
+struct Sorted {
+  std::vector<int64_t> begin;
+  std::unique_ptr<int64_t[]> order;
+};
+
+// A counting sort. False when an index lies outside -1..codes-1.
+bool sort_rows(const int64_t* index, int64_t rows, int64_t codes, Sorted* sorted, int64_t* counts) {
+  std::vector<int64_t>& begin = sorted->begin;
+  begin.assign(codes + 1, 0);
+  bool in_range = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    if ((uint64_t)index[i] < (uint64_t)codes) ++begin[index[i]];
+    else in_range = in_range && index[i] == -1;
+  }
+  if (!in_range) return false;
+  int64_t kept = 0;
+  for (int64_t c = 0; c < codes; ++c) {
+    counts[c] = begin[c];
+    begin[c] = kept;
+    kept += counts[c];
+  }
+  sorted->order.reset(new int64_t[kept + 1]);
+  for (int64_t i = 0; i < rows; ++i)
+    if (index[i] >= 0) sorted->order[begin[index[i]]++] = i;
+  for (int64_t c = codes; c > 0; --c) begin[c] = begin[c - 1];  // each had moved to the next one's place
+  begin[0] = 0;
+  return true;
 }
 
-}  // namespace
-
-void code_stats(const Rows& rows, const int64_t* index, int64_t codes, float* sums, int64_t* counts, const Parallel& parallel) {
-  std::vector<int64_t> begin(codes + 1, 0);
-  for (int64_t i = 0; i < rows.count; ++i)
-    if (index[i] >= 0) ++begin[index[i] + 1];
-  for (int64_t c = 0; c < codes; ++c) {
-    counts[c] = begin[c + 1];
-    begin[c + 1] += begin[c];
+SumRows sum_rows() {
+#if defined(__x86_64__) && !defined(VQFAST_NO_X86)
+  switch (level()) {
+    case 2: return sum_rows_avx512;
+    case 1: return sum_rows_avx2;
   }
-  if (!sums) return;
-  const int64_t dim = rows.dim, kept = begin[codes];
-  std::vector<int64_t> at(begin.begin(), begin.end() - 1), order(kept);
-  for (int64_t i = 0; i < rows.count; ++i)
-    if (index[i] >= 0) order[at[index[i]]++] = i;
-  parallel(codes, 1024, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c)
-      if (counts[c] == 0) memset(sums + c * dim, 0, dim * sizeof(float));
-  });
-  const int64_t blocks = (kept + kBlock - 1) / kBlock;
-  std::vector<Edge> head(blocks), tail(blocks);
-  parallel(blocks, 1, [&](int64_t first_block, int64_t last_block) {
-    std::vector<double> total(dim);
-    for (int64_t b = first_block; b < last_block; ++b) {
-      const int64_t from = b * kBlock, to = std::min(kept, from + kBlock);
-      for (int64_t i = from; i < to;) {
-        const int64_t code = index[order[i]], end = std::min(to, begin[code + 1]);
-        std::fill(total.begin(), total.end(), 0.0);
-        const bool starts_here = begin[code] >= from, ends_here = begin[code + 1] <= to;
-        for (; i < end; ++i) {
-          if (i + 4 < to) __builtin_prefetch(rows.row(order[i + 4]));
-          kernels().accumulate(total.data(), rows.row(order[i]), dim);
-        }
-        if (starts_here && ends_here) {
-          flush(total.data(), sums, code, dim);
-        } else {
-          Edge& edge = starts_here ? tail[b] : head[b];
-          edge.code = (int32_t)code;
-          edge.total = total;
-        }
-      }
+#endif
+  return sum_rows_scalar;
+}
+
+// Sorted rows [from, to): whole codes go to `sums`, the others to the block's edges. False when a whole code's sum is not finite.
+bool sum_block(const Rows& rows, const Sorted& sorted, int64_t from, int64_t to, SumRows sum, float* sums, Edge* head, Edge* tail) {
+  const std::vector<int64_t>& begin = sorted.begin;
+  const int64_t* order = sorted.order.get();
+  const int64_t dim = rows.dim, kept = begin.back();
+  bool finite = true;
+  int64_t code = std::upper_bound(begin.begin(), begin.end(), from) - begin.begin() - 1;
+  for (int64_t i = from; i < to; ++code) {
+    const int64_t end = std::min(to, begin[code + 1]), n = end - i;
+    if (n == 0) continue;
+    const bool starts_here = begin[code] >= from, whole = starts_here && begin[code + 1] <= to;
+    if (whole) {
+      finite = sum(rows.data, rows.ld, order + i, n, kept - i, dim, nullptr, sums + code * dim) && finite;
+    } else {
+      Edge* edge = starts_here ? tail : head;
+      edge->code = (int32_t)code;
+      edge->total.resize(dim);
+      sum(rows.data, rows.ld, order + i, n, kept - i, dim, edge->total.data(), nullptr);
     }
-  });
+    i = end;
+  }
+  return finite;
+}
+
+// Adds up what lies on both sides of the borders of blocks. False when a sum is not finite.
+bool join_edges(std::vector<Edge>& head, std::vector<Edge>& tail, int64_t dim, float* sums) {
   Edge open;
+  bool finite = true;
+  auto close = [&] {
+    for (int64_t d = 0; open.code >= 0 && d < dim; ++d) {
+      sums[open.code * dim + d] = (float)open.total[d];
+      finite = finite && std::isfinite(open.total[d]);
+    }
+  };
   auto add = [&](Edge& part) {
     if (part.code < 0) return;
     if (open.code == part.code) {
       for (int64_t d = 0; d < dim; ++d) open.total[d] += part.total[d];
       return;
     }
-    if (open.code >= 0) flush(open.total.data(), sums, open.code, dim);
+    close();
     open = std::move(part);
   };
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (size_t b = 0; b < head.size(); ++b) {
     add(head[b]);
     add(tail[b]);
   }
-  if (open.code >= 0) flush(open.total.data(), sums, open.code, dim);
+  close();
+  return finite;
+}
+
+}  // namespace
+
+Stats code_stats(const Rows& rows, const int64_t* index, int64_t codes, float* sums, int64_t* counts, const Parallel& parallel) {
+  Sorted sorted;
+  if (!sort_rows(index, rows.count, codes, &sorted, counts)) return Stats::kOutOfRange;
+  if (!sums) return Stats::kDone;
+  const int64_t dim = rows.dim, kept = sorted.begin[codes];
+  parallel(codes, 1024, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c)
+      if (counts[c] == 0) memset(sums + c * dim, 0, dim * sizeof(float));
+  });
+  const SumRows sum = sum_rows();
+  const int64_t blocks = (kept + kBlock - 1) / kBlock;
+  std::vector<Edge> head(blocks), tail(blocks);
+  std::atomic<bool> finite{true};
+  parallel(blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)
+      if (!sum_block(rows, sorted, b * kBlock, std::min(kept, (b + 1) * kBlock), sum, sums, &head[b], &tail[b]))
+        finite.store(false, std::memory_order_relaxed);
+  });
+  const bool edges_finite = join_edges(head, tail, dim, sums);
+  return finite.load() && edges_finite ? Stats::kDone : Stats::kNotFinite;
 }
 
 void ema_update(float* codebook, float* cluster_size, float* cluster_sum, const float* sums, const int64_t* counts,

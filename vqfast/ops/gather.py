@@ -118,7 +118,8 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
 
 
 def _apply(codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
-    # A traced graph must hold the op itself, whose gradient is registered with it; eager calls take the cheaper Function.
-    if torch.compiler.is_compiling():
+    # A traced graph must hold the op itself, whose gradient is registered with it; eager calls take the cheaper Function, and
+    # none where no gradient can be asked for.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _border.call("gather", backend)(codebook, indices)
     return Gather.apply(codebook, indices, backend)
