@@ -134,6 +134,15 @@ def test_unknown_models_are_left_alone():
     assert not report.replaced and not report.skipped and "nothing was changed" in str(report)
 
 
+def test_faces_of_our_own_need_no_conversion():
+    from vqfast.compat import taming
+    from vqfast.compat import vector_quantize_pytorch as faces
+
+    model = nn.ModuleList([faces.VectorQuantize(D, K), faces.SimVQ(D, K), taming.VectorQuantizer2(K, D, 0.25)])
+    report = vqfast.convert(model)
+    assert not report.replaced and not report.skipped, str(report)
+
+
 def test_what_is_n_by_k_itself_is_refused_with_the_reason():
     model = nn.ModuleDict(
         {

@@ -101,6 +101,8 @@ def _look_up(cls: type) -> tuple[type, Seam | str | None]:
     for base in cls.__mro__:
         if "_vqfast_original" in vars(base):
             return base, "it is converted already"
+        if base.__module__.startswith("vqfast."):
+            return cls, None  # a face of ours
         name = _full_name(base)
         for known in (KNOWN, REFUSED):
             # A copy of a library inside another package keeps the end of the name.
