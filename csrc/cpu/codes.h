@@ -21,20 +21,22 @@ struct Hints {
 constexpr double kWildSquare = 0x1p60;
 constexpr double kFarSquare = 0x1p100;
 
-// A binary tree over panels by which a row finds the panel it falls into.
+// A binary tree over panels by which a row finds the panel it falls into. Leaves lead to themselves, so that every descent has
+// `depth` steps and no branch.
 struct PanelTree {
   struct Node {
-    int32_t coordinate;     // -1: leaf
-    float split;            // left when coordinate < split
-    int32_t left, right;    // nodes; a leaf keeps its panel in `left`
+    int32_t child[2];
+    float split;            // child[0] where the coordinate is under it
+    int32_t coordinate;
+    int32_t panel;          // of a leaf
   };
   std::vector<Node> nodes;
+  int depth = 0;
 
   int32_t panel_of(const float* coordinate) const {
     int32_t at = 0;
-    while (nodes[at].coordinate >= 0)
-      at = coordinate[nodes[at].coordinate] < nodes[at].split ? nodes[at].left : nodes[at].right;
-    return nodes[at].left;
+    for (int i = 0; i < depth; ++i) at = nodes[at].child[!(coordinate[nodes[at].coordinate] < nodes[at].split)];
+    return nodes[at].panel;
   }
 };
 
@@ -87,15 +89,19 @@ struct DenseBuild {
   std::vector<int32_t> id;
 };
 
+constexpr int kRowsTogether = 16;  // that one call projects
+
 // Principal coordinates in k-d ordered panels with boxes.
 struct PanelBuild {
   PanelBuild(const Codes&, const Hints&, const Parallel&);
-  PanelPlan plan;
+  PanelPlan plan = {};
   PanelTree tree;
   double captured = 0;          // share of the variance in the principal directions
   float rest_rel = 0;
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
   std::vector<float> basis;     // [directions, dim]
+  // Coordinates of up to kRowsTogether rows.
+  void project(const float* const* rows, int n, PanelQuery* out) const;
   // Cell of a row in its panel's box: `bits` binary digits of each of the three widest coordinates.
   int32_t place_in_panel(int32_t panel, const PanelQuery& row, int bits) const;
   std::vector<int32_t> order;   // searched codes in panel order
@@ -112,9 +118,11 @@ struct PanelBuild {
   };
   void find_grid(int64_t panel, const float* low, const float* high);
 
+  const float* centre_;
+  std::vector<float> directions_;  // the basis as project() reads it
   std::vector<Grid> grids_;
-  std::vector<PanelQuery> coordinates_;
-  std::vector<float> storage_;
+  std::unique_ptr<PanelQuery[]> coordinates_;
+  std::unique_ptr<float[]> storage_;
   std::vector<int32_t> id_;
 };
 

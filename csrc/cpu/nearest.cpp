@@ -10,6 +10,7 @@ namespace vqfast {
 namespace {
 
 constexpr int64_t kBlockBytes = 24 << 10;  // tiles of rows that share one pass over the panels: half of a first-level cache
+constexpr int64_t kBlockRows = 8192;  // rows that are ordered together
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -91,8 +92,8 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
     const float* exact = rows.row(i * rows.count / n);
     if (!work_row(codes_, exact, work.data())) continue;
     PanelQuery query;
-    kernels().project(work.data(), codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim, panels_->rest_rel,
-                      &query);
+    const float* row = work.data();
+    panels_->project(&row, 1, &query);
     if (!(query.norm < (float)kWildSquare)) continue;  // NaN too
     const int32_t zero = 0, first = panels_->tree.panel_of(query.coordinate);
     double score;
@@ -207,56 +208,83 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   });
 }
 
+// What a thread keeps of the rows it searches together.
+struct NearestSearch::Block {
+  std::unique_ptr<PanelQuery[]> queries;
+  std::unique_ptr<float[]> work;        // [rows, dim] where rows are not searched as they are
+  std::vector<int32_t> first, cell, begin_of, order;
+  std::vector<int64_t> guess;
+};
+
+// Coordinates and home panel of each row; rows that no plan can take are settled at once and have none.
+void NearestSearch::describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const {
+  const int64_t dim = codes_.work().dim;
+  for (int64_t i = 0; i < count; i += kRowsTogether) {
+    const int n = (int)std::min<int64_t>(kRowsTogether, count - i);
+    const float* row[kRowsTogether];
+    bool has_vector[kRowsTogether];
+    for (int r = 0; r < n; ++r) {
+      row[r] = rows.row(from + i + r);
+      has_vector[r] = true;
+      if (!block->work) continue;
+      float* to = block->work.get() + (i + r) * dim;
+      has_vector[r] = work_row(codes_, row[r], to);
+      row[r] = to;
+    }
+    panels_->project(row, n, &block->queries[i]);
+    for (int r = 0; r < n; ++r) {
+      const PanelQuery& query = block->queries[i + r];
+      const int64_t at = from + i + r;
+      if (has_vector[r] && query.norm < (float)kWildSquare) {
+        block->first[i + r] = panels_->tree.panel_of(query.coordinate);
+      } else {
+        block->first[i + r] = -1;
+        settle_alone(rows.row(at), &score[at], &index[at]);
+      }
+    }
+  }
+}
+
+// Rows in the order of the panels they fall into, and within a panel by where they lie in its box: neighbours share panels and
+// candidates, which then stay in cache.
+void NearestSearch::sort(int64_t count, Block* block) const {
+  const int64_t panels = panels_->plan.panels_count;
+  int bits = 0;
+  while (bits < 3 && (panels << (3 * (bits + 1))) <= std::min<int64_t>(2 * count, INT32_MAX)) ++bits;
+  std::vector<int32_t>& begin_of = block->begin_of;
+  begin_of.assign((panels << (3 * bits)) + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (block->first[i] < 0) continue;
+    block->cell[i] = (block->first[i] << (3 * bits)) | panels_->place_in_panel(block->first[i], block->queries[i], bits);
+    ++begin_of[block->cell[i] + 1];
+  }
+  for (size_t p = 1; p < begin_of.size(); ++p) begin_of[p] += begin_of[p - 1];
+  block->order.resize(begin_of.back());
+  for (int64_t i = 0; i < count; ++i)
+    if (block->first[i] >= 0) block->order[begin_of[block->cell[i]]++] = (int32_t)i;
+}
+
 void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
   const int64_t n = rows.count, dim = codes_.work().dim;
-  const PanelPlan& plan = panels_->plan;
-  std::unique_ptr<float[]> work;
-  if (rows_need_work(codes_)) work.reset(new float[std::max<int64_t>(1, n * dim)]);
-  const float* work_rows = work ? work.get() : rows.data;
-  const int64_t work_ld = work ? dim : rows.ld;
-  std::unique_ptr<PanelQuery[]> queries(new PanelQuery[std::max<int64_t>(1, n)]);
-  std::vector<int32_t> first(n);
-  parallel_(n, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      first[i] = -1;
-      const bool has_vector = !work || work_row(codes_, rows.row(i), work.get() + i * dim);
-      kernels().project(work_rows + i * work_ld, codes_.centre().data(), panels_->basis.data(), dim, plan.width - 1, dim,
-                        panels_->rest_rel, &queries[i]);
-      if (!has_vector || !(queries[i].norm < (float)kWildSquare)) settle_alone(rows.row(i), &score[i], &index[i]);
-      else first[i] = panels_->tree.panel_of(queries[i].coordinate);
-    }
-  });
-  // Rows in the order of the panels they fall into, and within a panel by where they lie in its box: neighbours share panels and
-  // candidates, which then stay in cache.
-  int bits = 0;
-  while (bits < 3 && (plan.panels_count << (3 * (bits + 1))) <= std::min<int64_t>(2 * n, INT32_MAX)) ++bits;
-  const int64_t cells = plan.panels_count << (3 * bits);
-  std::vector<int32_t> cell(n);
-  parallel_(n, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      if (first[i] >= 0) cell[i] = (first[i] << (3 * bits)) | panels_->place_in_panel(first[i], queries[i], bits);
-  });
-  std::vector<int64_t> begin_of(cells + 1, 0);
-  for (int64_t i = 0; i < n; ++i)
-    if (first[i] >= 0) ++begin_of[cell[i] + 1];
-  for (int64_t p = 0; p < cells; ++p) begin_of[p + 1] += begin_of[p];
-  const int64_t ordinary = begin_of[cells];
-  std::vector<int32_t> order(ordinary);
-  for (int64_t i = 0; i < n; ++i)
-    if (first[i] >= 0) order[begin_of[cell[i]]++] = (int32_t)i;
-  std::unique_ptr<int64_t[]> usable_guess;
-  if (guess) {
-    usable_guess.reset(new int64_t[n]);
-    for (int64_t i = 0; i < n; ++i) usable_guess[i] = codes_.representative(guess[i]);
-  }
-  const int64_t piece = 512;
-  const int64_t pieces = (ordinary + piece - 1) / piece;
-  std::vector<PanelCounts> counts(pieces);
-  parallel_(pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t from = p * piece, count = std::min(piece, ordinary - from);
-      kernels().panels(plan, codes_.exact(), rows.data, rows.ld, work_rows, work_ld, queries.get(), order.data() + from,
-                       first.data(), usable_guess.get(), count, score, index, &counts[p]);
+  const int64_t per_block = std::max<int64_t>(256, std::min<int64_t>(kBlockRows, (n + parallel_.threads - 1) / parallel_.threads));
+  const int64_t blocks = (n + per_block - 1) / per_block;
+  std::vector<PanelCounts> counts(blocks);
+  parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
+    Block block;
+    block.queries.reset(new PanelQuery[per_block]);
+    if (rows_need_work(codes_)) block.work.reset(new float[per_block * dim]);
+    block.first.resize(per_block);
+    block.cell.resize(per_block);
+    if (guess) block.guess.resize(per_block);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t from = b * per_block, count = std::min(per_block, n - from);
+      describe(rows, from, count, &block, score, index);
+      sort(count, &block);
+      for (int64_t i = 0; guess && i < count; ++i) block.guess[i] = codes_.representative(guess[from + i]);
+      const float* given = rows.row(from);
+      kernels().panels(panels_->plan, codes_.exact(), given, rows.ld, block.work ? block.work.get() : given,
+                       block.work ? dim : rows.ld, block.queries.get(), block.order.data(), block.first.data(),
+                       guess ? block.guess.data() : nullptr, (int64_t)block.order.size(), score + from, index + from, &counts[b]);
     }
   });
   for (const PanelCounts& c : counts) {
@@ -266,11 +294,16 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
     report_.counts.evaluations += c.evaluations;
     report_.counts.candidates += c.candidates;
   }
+  settle_always(rows, score, index);
+}
+
+// Codes without a vector in the plans, by the exact formula.
+void NearestSearch::settle_always(const Rows& rows, double* score, int64_t* index) const {
   if (codes_.always().empty()) return;
-  parallel_(n, 256, [&](int64_t begin, int64_t end) {
+  parallel_(rows.count, 256, [&](int64_t begin, int64_t end) {
     Row row;
     for (int64_t i = begin; i < end; ++i) {
-      if (first[i] < 0) continue;
+      if (isnan(score[i])) continue;
       start_row(&row, rows.row(i));
       row.best = score[i];
       row.index = index[i];

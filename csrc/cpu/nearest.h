@@ -28,6 +28,10 @@ class NearestSearch {
   bool panels_pay(const Rows& rows, const Hints& hints);
   void run_dense(const Rows& rows, double* score, int64_t* index);
   void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
+  struct Block;
+  void describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const;
+  void sort(int64_t count, Block* block) const;
+  void settle_always(const Rows& rows, double* score, int64_t* index) const;
   void settle_alone(const float* exact, double* score, int64_t* index) const;
   void brute_force(const float* exact, double* score, int64_t* index) const;
 

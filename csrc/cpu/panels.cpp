@@ -52,35 +52,30 @@ double orthonormality_defect(const std::vector<float>& rows, int count, int64_t 
 // Splits [begin, end) panels of codes until one is left; writes nodes and permutes `order`.
 class Splitter {
  public:
-  Splitter(const std::vector<PanelQuery>& at, std::vector<int32_t>& order, int width)
-      : at_(at), order_(order), width_(width), scratch_(order.size()) {}
+  Splitter(const PanelQuery* at, std::vector<int32_t>& order, int width)
+      : at_(at), order_(order), width_(width), scratch_(new Key[order.size()]) {}
 
   // Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
   void run(PanelTree& tree, int32_t node, int64_t begin, int64_t end, const Parallel& parallel, int depth) {
     if (end - begin == 1) {
-      tree.nodes[node] = {-1, 0.0f, (int32_t)begin, 0};
+      tree.nodes[node] = {{node, node}, INFINITY, 0, (int32_t)begin};
       return;
     }
     const int64_t middle = begin + (end - begin) / 2;
     const int64_t first = begin * kPanel, last = std::min<int64_t>(end * kPanel, order_.size()), cut = middle * kPanel;
     const int coordinate = widest(first, last);
     for (int64_t i = first; i < last; ++i) scratch_[i] = {at_[order_[i]].coordinate[coordinate], order_[i]};
-    std::nth_element(scratch_.begin() + first, scratch_.begin() + cut, scratch_.begin() + last,
+    std::nth_element(scratch_.get() + first, scratch_.get() + cut, scratch_.get() + last,
                      [](const Key& a, const Key& b) { return a.value < b.value; });
     for (int64_t i = first; i < last; ++i) order_[i] = scratch_[i].code;
     const int32_t left = node + 1, right = node + (int32_t)(2 * (middle - begin));
-    tree.nodes[node] = {coordinate, scratch_[cut].value, left, right};
-    if (depth > 0) {
-      parallel(2, 1, [&](int64_t b, int64_t e) {
-        for (int64_t half = b; half < e; ++half) {
-          if (half == 0) run(tree, left, begin, middle, parallel, 0);
-          else run(tree, right, middle, end, parallel, 0);
-        }
-      });
-    } else {
-      run(tree, left, begin, middle, parallel, 0);
-      run(tree, right, middle, end, parallel, 0);
-    }
+    tree.nodes[node] = {{left, right}, scratch_[cut].value, coordinate, 0};
+    const auto half = [&](int64_t side) {
+      if (side == 0) run(tree, left, begin, middle, parallel, depth + 1);
+      else run(tree, right, middle, end, parallel, depth + 1);
+    };
+    if (depth == 0) parallel(2, 1, [&](int64_t b, int64_t e) { for (int64_t side = b; side < e; ++side) half(side); });
+    else half(0), half(1);
   }
 
  private:
@@ -114,15 +109,16 @@ class Splitter {
     return chosen;
   }
 
-  const std::vector<PanelQuery>& at_;
+  const PanelQuery* at_;
   std::vector<int32_t>& order_;
   int width_;
-  std::vector<Key> scratch_;
+  std::unique_ptr<Key[]> scratch_;
 };
 
 }  // namespace
 
 PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& parallel) {
+  if (codes.work().dim > kMaxPanelDim) return;
   find_basis(codes, hints);
   if (captured < kWorthIt) return;
   worth_it = true;
@@ -136,12 +132,14 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   const int64_t dim = codes.work().dim, k = (int64_t)codes.searched().size();
   const float* centre = codes.centre().data();
   const int64_t n = std::min(k, kBasisSample);
-  std::vector<const float*> sample(n);
-  for (int64_t i = 0; i < n; ++i) sample[i] = codes.work().row(codes.searched()[i * k / n]);
+  std::vector<const float*> sample;
   double total = 0;
-  for (const float* row : sample) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = codes.work().row(codes.searched()[i * k / n]);
     const double square = kernels().centred_norm(row, centre, dim);
-    if (square < kFarSquare) total += square;
+    if (!(square < kFarSquare)) continue;
+    total += square;
+    sample.push_back(row);
   }
   const int directions = dim <= 4 ? 4 : 8;
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim);
@@ -162,8 +160,7 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
       for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
       std::fill(next.begin(), next.end(), 0.0f);
       for (const float* row : sample)
-        if (kernels().centred_norm(row, centre, dim) < kFarSquare)
-          kernels().apply_covariance(row, centre, current.data(), iterated, dim, next.data());
+        kernels().apply_covariance(row, centre, current.data(), iterated, dim, next.data());
       // Largest images first, so that the leading rows are the principal ones.
       std::vector<double> length(iterated, 0.0);
       for (int j = 0; j < iterated; ++j)
@@ -178,22 +175,25 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   }
   basis.resize(directions * dim);
   for (int64_t i = 0; i < directions * dim; ++i) basis[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
+  const int64_t step = (directions + kernels().lanes - 1) / kernels().lanes * kernels().lanes;
+  directions_.assign((dim + dim % 2) * step, 0.0f);
+  for (int j = 0; j < directions; ++j)
+    for (int64_t d = 0; d < dim; ++d) directions_[d * step + j] = basis[j * dim + d];
+  plan.width = directions + 1;
+  plan.dim = dim;
+  centre_ = centre;
   double kept = 0;
-  PanelQuery query;
   for (const float* row : sample) {
-    if (!(kernels().centred_norm(row, centre, dim) < kFarSquare)) continue;
-    kernels().project(row, centre, basis.data(), dim, directions, dim, 0.0f, &query);
+    PanelQuery query;
+    project(&row, 1, &query);
     for (int j = 0; j < directions; ++j) kept += (double)query.coordinate[j] * query.coordinate[j];
   }
   captured = total > 0 ? kept / total : 0;
 
   const double ops = kernels().ops_per_term, defect = orthonormality_defect(basis, directions, dim);
-  const double per_sum = ops * (dim / 4 + 8) * kUnitRoundoff;              // any level sums at least 4 lanes side by side
+  const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least two sums side by side
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
   rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
-  plan = {};
-  plan.width = directions + 1;
-  plan.dim = dim;
   plan.codes = codes.work().data;
   plan.ld = codes.work().ld;
   plan.screen_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +
@@ -236,13 +236,22 @@ int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bit
   return place;
 }
 
+void PanelBuild::project(const float* const* rows, int n, PanelQuery* out) const {
+  PanelQuery* to[kRowsTogether];
+  for (int r = 0; r < n; ++r) to[r] = out + r;
+  kernels().project(rows, n, centre_, directions_.data(), plan.width - 1, plan.dim, rest_rel, to);
+}
+
 void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
   const std::vector<int32_t>& searched = codes.searched();
-  coordinates_.resize(searched.size());
+  coordinates_.reset(new PanelQuery[searched.size()]);
   parallel((int64_t)searched.size(), 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels().project(codes.work().row(searched[i]), codes.centre().data(), basis.data(), plan.dim, plan.width - 1, plan.dim,
-                        rest_rel, &coordinates_[i]);
+    for (int64_t i = begin; i < end; i += kRowsTogether) {
+      const int n = (int)std::min<int64_t>(kRowsTogether, end - i);
+      const float* rows[kRowsTogether];
+      for (int r = 0; r < n; ++r) rows[r] = codes.work().row(searched[i + r]);
+      project(rows, n, &coordinates_[i]);
+    }
   });
   // order: positions in `searched` of the codes within reach; turned into codes once the panels are filled.
   order.clear();
@@ -254,18 +263,19 @@ void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel;
   tree.nodes.resize(std::max<int64_t>(1, 2 * panels - 1));
   if (panels == 0) {
-    tree.nodes[0] = {-1, 0.0f, 0, 0};
+    tree.nodes[0] = {{0, 0}, INFINITY, 0, 0};
     return;
   }
-  Splitter(coordinates_, order, plan.width).run(tree, 0, 0, panels, parallel, 1);
+  Splitter(coordinates_.get(), order, plan.width).run(tree, 0, 0, panels, parallel, 0);
+  while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
 }
 
 void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, width = plan.width;
   const int64_t groups = (panels + kPanelGroup - 1) / kPanelGroup, blocks = (groups + kPanelGroup - 1) / kPanelGroup;
   const int64_t box = width * kPanelGroup;
-  storage_.resize(panels * kPanel * (width + 1) + (groups + blocks) * (2 * box + kPanelGroup));
-  float* values = storage_.data();
+  storage_.reset(new float[panels * kPanel * (width + 1) + (groups + blocks) * (2 * box + kPanelGroup)]);
+  float* values = storage_.get();
   float* start = values + panels * kPanel * width;
   float* low = start + panels * kPanel;
   float* high = low + groups * box;

@@ -7,7 +7,8 @@ namespace vqfast {
 
 constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
-constexpr int kMaxBasis = 16;    // principal directions at most; one more coordinate holds the norm of the rest
+constexpr int kMaxBasis = 8;     // principal directions at most; one more coordinate holds the norm of the rest
+constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
 
 enum Metric : int { kL2 = 0, kCosine = 1, kDot = 2 };
@@ -75,6 +76,7 @@ struct PanelQuery {        // per row, filled by project()
 
 // The functions of one SIMD level.
 struct Kernels {
+  int lanes;               // of a vector
   int rows_per_tile;
   float ops_per_term;      // roundings per term of a sum: 1 with FMA, 2 without
 
@@ -87,9 +89,10 @@ struct Kernels {
   void (*panels)(const PanelPlan&, const ExactCodes&, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
                  const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
                  double* score, int64_t* index, PanelCounts* counts);
-  // Coordinates of one row: basis [width - 1, ld_basis], centre [dim]; rest_rel widens the norm of the rest.
-  void (*project)(const float* row, const float* centre, const float* basis, int64_t ld_basis, int directions, int64_t dim,
-                  float rest_rel, PanelQuery* out);
+  // Coordinates of n rows along `count` directions (4 or 8), which lie side by side: [dim rounded up to even, count rounded up to
+  // whole vectors]. rest_rel widens the norm of the rest.
+  void (*project)(const float* const* rows, int n, const float* centre, const float* directions, int count, int64_t dim,
+                  float rest_rel, PanelQuery* const* out);
   // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d)
   void (*apply_covariance)(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out);
   // hash of the values of a row (equal values, equal hash); norm of (row - centre) in float; finite or not

@@ -7,8 +7,8 @@ constexpr int kUnit = 2 * W;  // codes that one pass over the coordinates scores
 
 // ---- candidates --------------------------------------------------------------------------------------------------------------
 
-// Scores of up to kBatch pairs at a time: terms by vectors, then kBatch independent chains of additions in ascending d.
-constexpr int kBatch = 8;
+// Sums of kBatch pairs at a time: terms by vectors, then kBatch independent chains of additions in ascending d.
+constexpr int kBatch = 4;
 constexpr int kTerms = 64;
 
 inline void pair_terms(const float* x, const float* c, int64_t n, bool difference, double* out) {
@@ -24,21 +24,16 @@ inline void pair_terms(const float* x, const float* c, int64_t n, bool differenc
   }
 }
 
-void pair_sums(const ExactCodes& e, const float* const* x, const int32_t* code, int n, double* total) {
+inline void pair_sums(const ExactCodes& e, const float* const* x, const int32_t* code, double* total) {
   double terms[kBatch][kTerms];
-  for (int j = 0; j < kBatch; ++j) total[j] = 0.0;
+  double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
   for (int64_t d0 = 0; d0 < e.dim; d0 += kTerms) {
     const int64_t len = e.dim - d0 < kTerms ? e.dim - d0 : kTerms;
-    for (int j = 0; j < n; ++j)
+    for (int j = 0; j < kBatch; ++j)
       pair_terms(x[j] + d0, e.codes + (int64_t)code[j] * e.ld + d0, len, e.metric == kL2, terms[j]);
-    if (n == kBatch) {
-      for (int64_t i = 0; i < len; ++i)
-        for (int j = 0; j < kBatch; ++j) total[j] += terms[j][i];
-    } else {
-      for (int j = 0; j < n; ++j)
-        for (int64_t i = 0; i < len; ++i) total[j] += terms[j][i];
-    }
+    for (int64_t i = 0; i < len; ++i) t0 += terms[0][i], t1 += terms[1][i], t2 += terms[2][i], t3 += terms[3][i];
   }
+  total[0] = t0, total[1] = t1, total[2] = t2, total[3] = t3;
 }
 
 inline double score_of(const ExactCodes& e, double total, int32_t code) {
@@ -55,27 +50,33 @@ inline void offer(Row* row, double score, int32_t code) {
   }
 }
 
-void settle_rows(const ExactCodes& e, Row* rows, int row_count) {
-  const float* x[kBatch] = {};
-  int32_t code[kBatch] = {};
-  Row* owner[kBatch];
+// The first n pairs of a batch, each offered to the row it belongs to; the others hold pairs as well, of no account.
+inline void settle_batch(const ExactCodes& e, const float* const* x, const int32_t* code, Row* const* owner, int n) {
   double total[kBatch];
+  pair_sums(e, x, code, total);
+  for (int j = 0; j < n; ++j) offer(owner[j], score_of(e, total[j], code[j]), code[j]);
+}
+
+void settle_rows(const ExactCodes& e, Row* rows, int row_count) {
+  const float* x[kBatch];
+  int32_t code[kBatch];
+  Row* owner[kBatch];
   int n = 0;
   for (int r = 0; r < row_count; ++r) {
     for (int i = 0; i < rows[r].count; ++i) {
       x[n] = rows[r].exact;
       code[n] = rows[r].candidate[i];
-      owner[n] = &rows[r];
-      if (++n == kBatch) {
-        pair_sums(e, x, code, n, total);
-        for (int j = 0; j < n; ++j) offer(owner[j], score_of(e, total[j], code[j]), code[j]);
+      owner[n++] = &rows[r];
+      if (n == kBatch) {
+        settle_batch(e, x, code, owner, n);
         n = 0;
       }
     }
     rows[r].count = 0;
   }
-  pair_sums(e, x, code, n, total);
-  for (int j = 0; j < n; ++j) offer(owner[j], score_of(e, total[j], code[j]), code[j]);
+  if (n == 0) return;
+  for (int j = n; j < kBatch; ++j) x[j] = x[0], code[j] = code[0];
+  settle_batch(e, x, code, owner, n);
 }
 
 // Drop candidates whose lower bound is no longer under the limit.
@@ -169,308 +170,7 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
   settle_rows(e, rows, (int)(tile_count * kRows));
 }
 
-// ---- pruned road -------------------------------------------------------------------------------------------------------------
-
-inline V square_difference(V acc, V a, V b) {
-  const V t = sub(a, b);
-  return fma(t, t, acc);
-}
-
-inline float full_distance(const float* x, const float* c, int64_t dim) {
-  V s0 = set(0), s1 = set(0);
-  int64_t d = 0;
-  for (; d + 2 * W <= dim; d += 2 * W) {
-    s0 = square_difference(s0, load(x + d), load(c + d));
-    s1 = square_difference(s1, load(x + d + W), load(c + d + W));
-  }
-  for (; d + W <= dim; d += W) s0 = square_difference(s0, load(x + d), load(c + d));
-  if (d < dim) {
-    const int n = (int)(dim - d);
-    s1 = square_difference(s1, load_part(x + d, n), load_part(c + d, n));
-  }
-  return sum(add(s0, s1));
-}
-
-// What is known of one row while its panels are visited.
-struct Search {
-  const PanelPlan* plan;
-  const ExactCodes* exact;
-  const float* x;          // what full evaluation subtracts codes from
-  const PanelQuery* query;
-  Row* row;
-  float upper;             // upper bound of the smallest squared distance
-  float* screen_limit;     // a screened score under it survives
-  float* box_limit;        // a box nearer than it is visited
-  float slack, excess;     // of this row, in squared distance
-  int64_t evaluations;
-};
-
-inline void set_limits(Search* s) {
-  *s->screen_limit = 0.5f * (s->upper - s->query->norm) + s->slack;
-  // 64 roundings of the box distance at most.
-  *s->box_limit = (s->upper + s->excess + s->slack) * (1.0f + 64.0f * 6e-8f);
-}
-
-inline void start_search(Search* s, const PanelPlan* plan, const ExactCodes* exact, Row* row, const float* exact_row,
-                         const float* x, const PanelQuery* query, float* screen_limit, float* box_limit) {
-  s->plan = plan;
-  s->exact = exact;
-  s->x = x;
-  s->query = query;
-  s->row = row;
-  row->exact = exact_row;
-  row->best = __builtin_inf();
-  row->index = INT64_MAX;
-  row->count = 0;
-  s->upper = __builtin_huge_valf();
-  s->screen_limit = screen_limit;
-  s->box_limit = box_limit;
-  float square = 0;
-  for (int j = 0; j < plan->width; ++j) square += query->coordinate[j] * query->coordinate[j];
-  s->slack = plan->screen_rel * query->norm + plan->tiny;
-  s->excess = square > query->norm ? square - query->norm : 0.0f;
-  s->evaluations = 0;
-  set_limits(s);
-}
-
-inline float with_slack(const PanelPlan& plan, float upper) { return upper * (1.0f + 2e-7f) + plan.tiny; }
-
-inline void evaluate(Search* s, int32_t code) {
-  const PanelPlan& plan = *s->plan;
-  ++s->evaluations;
-  const float square = full_distance(s->x, plan.codes + (int64_t)code * plan.ld, plan.dim);
-  float low, high;
-  if (plan.radius == 0.0f) {
-    low = square * (1.0f - plan.full_rel) - plan.tiny;
-    high = square * (1.0f + plan.full_rel) + plan.tiny;
-  } else {
-    const float root = __builtin_sqrtf(square);
-    const float inner = root * (1.0f - plan.full_rel) - plan.radius;
-    const float outer = root * (1.0f + plan.full_rel) + plan.radius;
-    low = inner > 0 ? inner * inner : 0.0f;
-    high = outer * outer;
-  }
-  if (!(low <= s->upper)) return;
-  if (high < s->upper) {
-    s->upper = high;
-    set_limits(s);
-  }
-  append(*s->exact, s->row, code, low, with_slack(plan, s->upper));
-}
-
-// Rows that lie close together, searched side by side: they visit the same panels, so that every branch and every load of a panel
-// serves all of them.
-constexpr int kNear = 4;
-constexpr uint32_t kQueue = 64, kWaiting = 12;
-
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
-}
-
-template <int kWidth>
-struct Tile {
-  float q[kWidth * kNear];           // coordinates [kWidth, kNear]
-  float screen_limit[kNear], box_limit[kNear];
-  int32_t skip[kNear];               // code that was evaluated before the panels: the warm start
-  Search search[kNear];
-  Row row[kNear];
-  // Survivors that wait while their code is on its way from memory.
-  struct Hit {
-    int32_t row, code;
-    float score;
-  };
-  Hit queue[kQueue];
-  uint32_t head, tail;
-};
-
-// Evaluate the oldest survivors until `left` wait; by then a better bound may have ruled them out.
-template <int kWidth>
-inline void drain(Tile<kWidth>& t, uint32_t left) {
-  while (t.tail - t.head > left) {
-    const auto hit = t.queue[t.head++ % kQueue];
-    if (hit.score < t.screen_limit[hit.row]) evaluate(&t.search[hit.row], hit.code);
-  }
-}
-
-template <int kWidth>
-__attribute__((noinline)) void enqueue(Tile<kWidth>& t, const PanelPlan& plan, int r, V a, V b, const int32_t* id) {
-  float scores[kUnit];
-  store(scores, a);
-  store(scores + W, b);
-  const V limit = set(t.screen_limit[r]);
-  uint32_t hits = less(a, limit) | (less(b, limit) << W);
-  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
-  while (hits) {
-    const int lane = __builtin_ctz(hits);
-    hits &= hits - 1;
-    if (id[lane] == t.skip[r]) continue;
-    if (t.tail - t.head == kQueue) drain(t, kWaiting);
-    fetch(plan.codes + (int64_t)id[lane] * plan.ld, bytes);
-    t.queue[t.tail++ % kQueue] = {r, id[lane], scores[lane]};
-  }
-}
-
-// Evaluate one code per row, t.skip, before any panel is visited.
-template <int kWidth>
-inline void bound_by_codes(Tile<kWidth>& t, const PanelPlan& plan, int used) {
-  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
-  for (int r = 0; r < used; ++r)
-    if (t.skip[r] >= 0) fetch(plan.codes + (int64_t)t.skip[r] * plan.ld, bytes);
-  for (int r = 0; r < used; ++r)
-    if (t.skip[r] >= 0) evaluate(&t.search[r], t.skip[r]);
-}
-
-// A first bound for every row: the most promising code of one panel. Their codes are fetched together.
-template <int kWidth>
-inline void bound_by_panel(Tile<kWidth>& t, const PanelPlan& plan, int64_t panel, int used) {
-  float best[kNear];
-  for (int r = 0; r < kNear; ++r) best[r] = __builtin_huge_valf();
-  for (int u = 0; u < kPanel; u += kUnit) {
-    V a[kNear], b[kNear];
-    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, t.q, kWidth, a, b);
-#pragma GCC unroll 4
-    for (int r = 0; r < kNear; ++r) {
-      const float least = smallest(min(a[r], b[r]));
-      if (!(least < best[r])) continue;
-      best[r] = least;
-      const int lane = __builtin_ctz(equal(a[r], set(least)) | (equal(b[r], set(least)) << W));
-      t.skip[r] = plan.id[panel * kPanel + u + lane];
-    }
-  }
-  bound_by_codes(t, plan, used);
-}
-
-template <int kWidth>
-inline void visit_panel(Tile<kWidth>& t, const PanelPlan& plan, int64_t panel) {
-  for (int u = 0; u < kPanel; u += kUnit) {
-    V a[kNear], b[kNear];
-    const int32_t* id = plan.id + panel * kPanel + u;
-    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, t.q, kWidth, a, b);
-    uint32_t under = 0;
-#pragma GCC unroll 16
-    for (int r = 0; r < kNear; ++r) under |= less(min(a[r], b[r]), set(t.screen_limit[r]));
-    if (under) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kNear; ++r) {
-        if (!less(min(a[r], b[r]), set(t.screen_limit[r]))) continue;
-        enqueue(t, plan, r, a[r], b[r], id);
-      }
-    }
-  }
-  drain(t, kWaiting);
-}
-
-// Which of 16 boxes lie nearer to some row of the tile than that row's limit.
-template <int kWidth>
-inline uint32_t near_boxes(const float* low, const float* high, const float* allowance, const Tile<kWidth>& t) {
-  uint32_t near = 0;
-  for (int u = 0; u < kPanelGroup; u += W) {
-    V acc[kNear];
-    const V start = sub(set(0), load(allowance + u));
-#pragma GCC unroll 4
-    for (int r = 0; r < kNear; ++r) acc[r] = start;
-    for (int j = 0; j < kWidth; ++j) {
-      const V lo = load(low + j * kPanelGroup + u), hi = load(high + j * kPanelGroup + u);
-#pragma GCC unroll 4
-      for (int r = 0; r < kNear; ++r) {
-        const V q = set(t.q[j * kNear + r]);
-        const V out = max(max(sub(lo, q), sub(q, hi)), set(0));
-        acc[r] = fma(out, out, acc[r]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kNear; ++r) near |= less(acc[r], set(t.box_limit[r])) << u;
-  }
-  return near;
-}
-
-template <int kWidth>
-inline void visit_panels(Tile<kWidth>& t, const PanelPlan& plan, int used, PanelCounts* counts) {
-  const int64_t box = (int64_t)kWidth * kPanelGroup;
-  for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
-    uint32_t groups = near_boxes<kWidth>(plan.group_low + block * box, plan.group_high + block * box,
-                                         plan.group_allowance + block * kPanelGroup, t);
-    while (groups) {
-      const int64_t group = block * kPanelGroup + __builtin_ctz(groups);
-      groups &= groups - 1;
-      ++counts->groups;
-      uint32_t panels = near_boxes<kWidth>(plan.low + group * box, plan.high + group * box, plan.allowance + group * kPanelGroup,
-                                           t);
-      while (panels) {
-        const int64_t panel = group * kPanelGroup + __builtin_ctz(panels);
-        panels &= panels - 1;
-        counts->panels += used;
-        if (panels) {  // the next one, while this one is scored
-          const int64_t next = group * kPanelGroup + __builtin_ctz(panels);
-          fetch(plan.panels + next * kWidth * kPanel, kWidth * kPanel * 4);
-          fetch(plan.start + next * kPanel, kPanel * 4);
-        }
-        visit_panel<kWidth>(t, plan, panel);
-      }
-    }
-  }
-}
-
-template <int kWidth>
-inline void start_tile(Tile<kWidth>& t, const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld,
-                       const float* rows, int64_t ld, const PanelQuery* queries, const int32_t* order, int used) {
-  for (int r = 0; r < kNear; ++r) {
-    const int64_t row = order[r < used ? r : 0];
-    start_search(&t.search[r], &plan, &e, &t.row[r], exact_rows + row * exact_ld, rows + row * ld, queries + row, &t.screen_limit[r],
-                 &t.box_limit[r]);
-    for (int j = 0; j < kWidth; ++j) t.q[j * kNear + r] = queries[row].coordinate[j];
-    t.skip[r] = -1;
-    if (r >= used) t.screen_limit[r] = t.box_limit[r] = -__builtin_huge_valf();
-  }
-}
-
-constexpr int kAhead = 2 * kNear;  // rows whose data is fetched ahead: their order is not that of memory
-
-template <int kWidth>
-void search_tiles(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows,
-                  int64_t ld, const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess,
-                  int64_t n, double* score, int64_t* index, PanelCounts* counts) {
-  Tile<kWidth> t;
-  t.head = t.tail = 0;
-  const int64_t row_bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
-  for (int64_t i = 0; i < n; i += kNear) {
-    const int used = n - i < kNear ? (int)(n - i) : kNear;
-    for (int r = 0; r < kNear && i + r + kAhead < n; ++r) {
-      const int64_t next = order[i + r + kAhead];
-      fetch(queries + next, sizeof(PanelQuery));
-      fetch(rows + next * ld, row_bytes);
-    }
-    start_tile<kWidth>(t, plan, e, exact_rows, exact_ld, rows, ld, queries, order + i, used);
-    if (guess) {
-      for (int r = 0; r < used; ++r) t.skip[r] = (int32_t)guess[order[i + r]];
-      bound_by_codes(t, plan, used);
-    }
-    // Rows without a bound: the panel that the middle row falls into is near enough to all of them.
-    bool bounded = guess != nullptr;
-    for (int r = 0; r < used; ++r) bounded = bounded && t.skip[r] >= 0;
-    if (!bounded) bound_by_panel(t, plan, first_panel[order[i + used / 2]], used);
-    visit_panels<kWidth>(t, plan, used, counts);
-    drain(t, 0);
-    for (int r = 0; r < used; ++r) {
-      compact(&t.row[r], with_slack(plan, t.search[r].upper));
-      counts->evaluations += t.search[r].evaluations;
-      counts->candidates += t.row[r].count;
-    }
-    settle_rows(e, t.row, used);
-    for (int r = 0; r < used; ++r) {
-      score[order[i + r]] = t.row[r].best;
-      index[order[i + r]] = t.row[r].index;
-    }
-  }
-  counts->rows += n;
-}
-
-void panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
-            const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
-            double* score, int64_t* index, PanelCounts* counts) {
-  const auto search = plan.width == 5 ? search_tiles<5> : plan.width == 9 ? search_tiles<9> : search_tiles<17>;
-  search(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
-}
+#include "search_panels.h"
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
 
@@ -489,45 +189,68 @@ inline float direction_dot(const float* row, const float* centre, const float* d
   return sum(add(s0, s1));
 }
 
-// All coordinates of a centred row in one pass over it.
+// Coordinates of kTogether rows: centred values one by one against all directions, which lie side by side. Two sums per row and
+// direction, over the even and the odd dimensions.
+constexpr int kTogether = 4;
+
 template <int kDirections>
-inline void project_all(const float* row, const float* centre, const float* basis, int64_t ld, int64_t dim, float rest_rel,
-                        PanelQuery* out) {
-  V y[kDirections], square = set(0);
-#pragma GCC unroll 16
-  for (int j = 0; j < kDirections; ++j) y[j] = set(0);
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) {
-    const V x = sub(load(row + d), load(centre + d));
-    square = fma(x, x, square);
-#pragma GCC unroll 16
-    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load(basis + j * ld + d), y[j]);
+inline void project_rows(const float* const* rows, const float* centre, const float* directions, int64_t dim, float rest_rel,
+                         PanelQuery* const* out, int n) {
+  constexpr int kVectors = (kDirections + W - 1) / W, kStep = kVectors * W;
+  float centred[kTogether][kMaxPanelDim + 1], norm[kTogether];
+  for (int r = 0; r < kTogether; ++r) {
+    const float* row = rows[r < n ? r : 0];
+    V square = set(0);
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) {
+      const V x = sub(load(row + d), load(centre + d));
+      store(centred[r] + d, x);
+      square = fma(x, x, square);
+    }
+    if (d < dim) {
+      const V x = sub(load_part(row + d, (int)(dim - d)), load_part(centre + d, (int)(dim - d)));
+      store_part(centred[r] + d, x, (int)(dim - d));
+      square = fma(x, x, square);
+    }
+    norm[r] = sum(square);
+    centred[r][dim] = 0.0f;
   }
-  if (d < dim) {
-    const int n = (int)(dim - d);
-    const V x = sub(load_part(row + d, n), load_part(centre + d, n));
-    square = fma(x, x, square);
-#pragma GCC unroll 16
-    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load_part(basis + j * ld + d, n), y[j]);
+  V y[kTogether][kVectors], z[kTogether][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kTogether; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) y[r][v] = z[r][v] = set(0);
   }
-  const float norm = sum(square);
-  float kept = 0;
-#pragma GCC unroll 16
-  for (int j = 0; j < kDirections; ++j) {
-    out->coordinate[j] = sum(y[j]);
-    kept += out->coordinate[j] * out->coordinate[j];
+  for (int64_t d = 0; d < dim; d += 2) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const V even = load(directions + d * kStep + v * W), odd = load(directions + (d + 1) * kStep + v * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) {
+        y[r][v] = fma(set(centred[r][d]), even, y[r][v]);
+        z[r][v] = fma(set(centred[r][d + 1]), odd, z[r][v]);
+      }
+    }
   }
-  const float rest = norm * (1.0f + rest_rel) - kept;
-  out->coordinate[kDirections] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
-  out->norm = norm;
+  for (int r = 0; r < n; ++r) {
+    float coordinate[kStep], kept = 0;
+    for (int v = 0; v < kVectors; ++v) store(coordinate + v * W, add(y[r][v], z[r][v]));
+    for (int j = 0; j < kDirections; ++j) {
+      out[r]->coordinate[j] = coordinate[j];
+      kept += coordinate[j] * coordinate[j];
+    }
+    const float rest = norm[r] * (1.0f + rest_rel) - kept;
+    out[r]->coordinate[kDirections] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
+    out[r]->norm = norm[r];
+  }
 }
 
-void project(const float* row, const float* centre, const float* basis, int64_t ld, int directions, int64_t dim, float rest_rel,
-             PanelQuery* out) {
-  switch (directions) {
-    case 4: return project_all<4>(row, centre, basis, ld, dim, rest_rel, out);
-    case 8: return project_all<8>(row, centre, basis, ld, dim, rest_rel, out);
-    default: return project_all<16>(row, centre, basis, ld, dim, rest_rel, out);
+void project(const float* const* rows, int n, const float* centre, const float* directions, int count, int64_t dim, float rest_rel,
+             PanelQuery* const* out) {
+  for (int r = 0; r < n; r += kTogether) {
+    const int used = n - r < kTogether ? n - r : kTogether;
+    if (count == 4) project_rows<4>(rows + r, centre, directions, dim, rest_rel, out + r, used);
+    else project_rows<8>(rows + r, centre, directions, dim, rest_rel, out + r, used);
   }
 }
 
@@ -583,5 +306,5 @@ void accumulate(double* total, const float* row, int64_t dim) {
   for (; d < dim; ++d) total[d] += (double)row[d];
 }
 
-constexpr Kernels kTable = {kRows,   kOpsPerTerm,      dense,   settle_rows, panels,
+constexpr Kernels kTable = {W,       kRows,            kOpsPerTerm,  dense,   settle_rows, panels,
                             project, apply_covariance, inspect, centred_norm, accumulate};
