@@ -61,12 +61,14 @@ def test_a_layer_does_what_the_other_library_does(case, train):
 
 @pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("case", ["default", "cosine", "learnable"])
-def test_other_seeds_and_half_precision(case, seed):
+def test_other_seeds_and_precisions(case, seed):
     kwargs, shape = LAYERS[case]
     assert_same(*pair("VectorQuantize", seed, **BASE | kwargs), shape, steps=5)
     if case != "cosine":  # the other library normalises in x's precision, and then searches for what it rounded
-        # one step: gradients in bfloat16 part the two libraries' learnable codes
-        assert_same(*pair("VectorQuantize", seed, **BASE | kwargs), shape, steps=1, dtype=torch.bfloat16)
+        # one step: gradients in half precision part the two libraries' learnable codes
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_same(*pair("VectorQuantize", seed, **BASE | kwargs), shape, steps=1, dtype=dtype)
+    assert_same(*pair("VectorQuantize", seed, **BASE | kwargs), shape, steps=3, dtype=torch.float64)
 
 
 CALLS = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class ArgumentError(ValueError, AssertionError):
-    """A bad argument; also an AssertionError, which is what vector_quantize_pytorch raises in its place."""
+class ArgumentError(ValueError, AssertionError, RuntimeError):
+    """A bad argument; also what vector_quantize_pytorch raises in its place: AssertionError, or for shapes RuntimeError."""
 
 
 def require(condition, message: str) -> None:

@@ -16,21 +16,55 @@ from vqfast.compat.vector_quantize_pytorch._gradients import straight_through
 _UNIFORM_STD = 1 / math.sqrt(12)
 
 
-def _laplace(z: Tensor) -> Tensor:
+# ---- distribution functions, from the real line to 0..1, and their inverses ----------------------------------------------------
+
+
+def tanh_act(z: Tensor) -> Tensor:
+    return (z.tanh() + 1.0) / 2.0
+
+
+def tanh_inv_act(p: Tensor) -> Tensor:
+    return (p * 2.0 - 1.0).arctanh()
+
+
+def sigmoid_act(z: Tensor) -> Tensor:
+    return z.sigmoid()
+
+
+def sigmoid_inv_act(p: Tensor) -> Tensor:
+    return p.logit()
+
+
+def normal_act(z: Tensor) -> Tensor:
+    return (1.0 + (z / math.sqrt(2.0)).erf()) / 2.0
+
+
+def normal_inv_act(p: Tensor) -> Tensor:
+    return (2.0 * p - 1.0).erfinv() * math.sqrt(2.0)
+
+
+def laplace_act(z: Tensor) -> Tensor:
     return 0.5 * (1.0 + z.sign() * (1.0 - (-z.abs()).exp()))
 
 
-def _laplace_inverse(p: Tensor) -> Tensor:
+def laplace_inv_act(p: Tensor) -> Tensor:
     return -(p - 0.5).sign() * (1.0 - 2.0 * (p - 0.5).abs()).log()
 
 
-# Distribution functions, from the real line to 0..1, and their inverses.
+def cauchy_act(z: Tensor) -> Tensor:
+    return z.arctan() / math.pi + 0.5
+
+
+def cauchy_inv_act(p: Tensor) -> Tensor:
+    return ((p - 0.5) * math.pi).tan()
+
+
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "tanh": (lambda z: (z.tanh() + 1.0) / 2.0, lambda p: (p * 2.0 - 1.0).arctanh()),
-    "sigmoid": (torch.sigmoid, torch.logit),
-    "normal": (lambda z: (1.0 + (z / math.sqrt(2.0)).erf()) / 2.0, lambda p: (2.0 * p - 1.0).erfinv() * math.sqrt(2.0)),
-    "laplace": (_laplace, _laplace_inverse),
-    "cauchy": (lambda z: z.arctan() / math.pi + 0.5, lambda p: ((p - 0.5) * math.pi).tan()),
+    "tanh": (tanh_act, tanh_inv_act),
+    "sigmoid": (sigmoid_act, sigmoid_inv_act),
+    "normal": (normal_act, normal_inv_act),
+    "laplace": (laplace_act, laplace_inv_act),
+    "cauchy": (cauchy_act, cauchy_inv_act),
 }
 
 

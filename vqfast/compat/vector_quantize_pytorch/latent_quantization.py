@@ -57,8 +57,7 @@ class LatentQuantize(nn.Module):
         self.optimize_values = bool(optimize_values)
         self.values_per_latent = nn.ParameterList(map(nn.Parameter, values)) if optimize_values else values
         self.in_place_codebook_optimizer = None
-        if in_place_codebook_optimizer is not None:
-            require(optimize_values, "in_place_codebook_optimizer needs optimize_values=True.")
+        if in_place_codebook_optimizer is not None and optimize_values:
             self.in_place_codebook_optimizer = in_place_codebook_optimizer(self.values_per_latent)
 
     def quantization_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -110,9 +109,7 @@ class VectorQuantize(nn.Module):
         require(not (use_cosine_sim and affine_param), "affine_param works with euclidean distance only.")
         require(0.0 <= sync_update_v <= 1.0, f"sync_update_v must lie in 0..1, got {sync_update_v}.")
         require(sync_update_v == 0 or learnable_codebook, "sync_update_v needs a learnable codebook.")
-        require(
-            channel_last or not (accept_image_fmap and accept_3d_fmap), "choose one of accept_image_fmap and accept_3d_fmap."
-        )
+        require(not (accept_image_fmap and accept_3d_fmap), "choose one of accept_image_fmap and accept_3d_fmap.")
 
         self.dim, self.heads, self.separate_codebook_per_head = dim, heads, separate_codebook_per_head
         self.codebook_size, self.eps = codebook_size, eps
@@ -353,9 +350,7 @@ class VectorQuantize(nn.Module):
         in_place_loss = self.zero
         codes, found = search(rows.detach() if in_place else rows)
         if learns:
-            book.learn(
-                rows.detach(), found, weight=ema_update_weight, accumulate=accum_ema_update, ema_update=ema_update
-            )
+            book.learn(rows.detach(), found, weight=ema_update_weight, accumulate=accum_ema_update, ema_update=ema_update)
         if in_place:
             in_place_loss = self._optimize_in_place(found)
             codes, found = search(rows)
@@ -364,9 +359,7 @@ class VectorQuantize(nn.Module):
         output = self._output(quantized, inner, x, leading, mask, topk)
         if indices is not None:
             require(codebook_transform_fn is None, "indices= does not go with codebook_transform_fn.")
-            aims = _layout.rows_of(
-                indices.reshape(*leading, self.heads), self.heads, self.separate_codebook_per_head
-            )
+            aims = _layout.rows_of(indices.reshape(*leading, self.heads), self.heads, self.separate_codebook_per_head)
             return output, _plain.cross_entropy(rows, codes, aims[..., 0], self.use_cosine_sim)
 
         loss, breakdown = self._losses(rows, codes, found, leading, freeze, topk, codebook_transform_fn)
@@ -443,7 +436,7 @@ class VectorQuantize(nn.Module):
             commitment = _plain.cross_entropy(rows, codes, found.indices, cosine)
             loss = commitment * self.commitment_weight
         elif self.has_commitment_loss:
-            commitment = self._commitment(found, freeze)
+            commitment = self._commitment(rows, found, freeze)
             loss = commitment * self.commitment_weight
         else:
             loss = zero
@@ -459,12 +452,12 @@ class VectorQuantize(nn.Module):
             loss = loss.clone().requires_grad_()  # so that loss.backward() works whatever the options
         return loss, LossBreakdown(commitment, diversity, orthogonal, zero)
 
-    def _commitment(self, found: Found, freeze: bool) -> Tensor:
+    def _commitment(self, rows: Tensor, found: Found, freeze: bool) -> Tensor:
         """Mean squared error; its gradient reaches the codes, too, where they are learnable and not frozen."""
         error = found.sq_error[0]
         if self.learnable_codebook and not freeze:
             error = error + (found.sq_error[1] - found.sq_error[1].detach())
-        return (error / self._elements(found)).to(torch.float32)
+        return (error / self._elements(found)).to(torch.promote_types(rows.dtype, torch.float32))
 
     def _commitment_of_each(self, rows: Tensor, found: Found, freeze: bool) -> Tensor:
         """Mean squared error per row and code, [B, ..., k]; 0 where masked."""
