@@ -6,8 +6,9 @@
     python bench/gpu_check.py --list
 
 Every section is written to the result file, docs/results/gpu_<device>_<date>.json, when it ends, and a rerun at the same commit continues
-with the missing ones; the plots are drawn from the file, as .svg beside it. A speed section first checks its results and prints no number when they are wrong. Without a GPU the same code runs
-on the CPU with small shapes, Triton in its interpreter, and says so in the file: that proves the script, not a kernel.
+with the missing ones; the plots are drawn from the file, as .svg beside it. A speed section first checks its results and prints no number
+when they are wrong. Without a GPU the same code runs on the CPU with small shapes, Triton in its interpreter, and says so in the file: that
+proves the script, not a kernel.
 """
 
 from __future__ import annotations
