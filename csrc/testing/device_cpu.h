@@ -193,6 +193,10 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   exec::mma<16, 2>(d, in, "mma_16x8x16", [](uint32_t word, int part) { return f16_to_f32(uint16_t(word >> 16 * part)); });
 }
+inline void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  exec::mma<16, 2>(d, in, "mma_16x8x16_bf16", [](uint32_t word, int part) { return bf16_to_f32(uint16_t(word >> 16 * part)); });
+}
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   exec::mma<8, 1>(d, in, "mma_16x8x8_tf32", [](uint32_t word, int) { return float_of(word & 0xFFFFE000u); });

@@ -25,11 +25,14 @@ LOCK = CSRC / "cuda" / "kernels.lock.json"
 ARCHS = ("80", "90a")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{CSRC}"]
 
-# kernel -> (instruction that marks its hot loop, what one thread gets done per such instruction, unit)
+# kernel (or with its template arguments, as mangled) -> (instruction that marks its hot loop, what one thread gets done
+# per such instruction, unit)
 HOT_LOOPS = {
     "nearest_screen_kernel": ("FFMA", 1, "multiply-add"),
-    "masked_conv_kernel": ("FFMA", 1, "multiply-add"),
-    "conv_weight_kernel": ("FFMA", 1, "multiply-add"),
+    "masked_conv_kernel<NS_9FloatMath>": ("FFMA", 1, "multiply-add"),
+    "conv_weight_kernel<NS_9FloatMath>": ("FFMA", 1, "multiply-add"),
+    "masked_conv_kernel<NS_8HalfMathILb1>": ("HMMA", 1, "mma"),
+    "conv_weight_kernel<NS_8HalfMathILb1>": ("HMMA", 1, "mma"),
     "nearest_few_screen_kernel": ("HMMA", 1, "mma"),
     "nearest_hopper_kernel": (
         "VIMNMX3",
@@ -160,7 +163,7 @@ def report(archs=ARCHS) -> dict[str, dict[str, dict]]:
 
 def add_hot_loops(kernels: dict[str, dict], cubin: Path) -> None:
     for name, code in sass(cubin).items():
-        hot = HOT_LOOPS.get(name.split("<")[0])
+        hot = HOT_LOOPS.get(name) or HOT_LOOPS.get(name.split("<")[0])
         if not hot or name not in kernels:
             continue
         mark, work, unit = hot

@@ -71,27 +71,38 @@ def test_gradients(executor, order, shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_is_taken_exactly_and_rounded_once(executor, dtype):
-    shape = (2, 4, 6, 5, 3, 3, 3, 1)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_half_precision_is_taken_exactly_and_rounded_once(executor, order, shape, dtype):
+    """Tensor cores: exact products, float32 sums of 16 terms at a time."""
     x, weight, bias, grad = (t.to(dtype) for t in data(shape))
-    wide = [t.float() for t in (x, weight, bias, grad)]
+    last = torch.finfo(dtype).eps / 2
+
+    def check(got, expected, terms, n, what):
+        assert got.dtype == dtype
+        # A sum of n + 1 terms in groups, in float32; then one rounding to dtype, of a normal number or a subnormal one.
+        float32 = (n + 1) * ULP * terms
+        close(got, expected, float32 + last * (expected.abs() + float32) + torch.finfo(dtype).smallest_normal * last, what)
+
     for mask in masks(shape):
-        same_bits(
-            executor.masked_conv(x, weight, bias, *mask), executor.masked_conv(*wide[:3], *mask).to(dtype), f"{mask}"
+        wide = [t.double() for t in (x, weight, bias)]
+        expected, terms = (reference.masked_conv(*t, *mask) for t in (wide, [t.abs() for t in wide]))
+        check(executor.masked_conv(x, weight, bias, *mask), expected, terms, weight[0].numel() + 16, f"{mask}")
+        wide = [t.double() for t in (grad, x, weight)]
+        expected, terms = (
+            reference.masked_conv_backward(*t, *mask, True, True) for t in (wide, [t.abs() for t in wide])
         )
         got = executor.masked_conv_backward(grad, x, weight, *mask, True, True)
-        for a, b in zip(
-            got, executor.masked_conv_backward(wide[3], *wide[:2], *mask, True, True), strict=True
-        ):
-            same_bits(a, b.to(dtype), f"{mask}")
+        check(got[0], expected[0], terms[0], weight[:, 0].numel() + 16, f"gradient to x, {mask}")
+        check(got[1], expected[1], terms[1], grad[:, 0].numel() + 16, f"gradient to weight, {mask}")
 
 
-def test_strides_change_nothing(executor):
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+def test_strides_change_nothing(executor, dtype):
     shape = (2, 3, 5, 6, 7, 3, 3, 1)
-    x, weight, bias, grad = data(shape)
+    x, weight, bias, grad = (t.to(dtype) for t in data(shape))
 
     def spread(t):  # every second element of a row that is NaN in between
-        wide = torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan)
+        wide = torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan, dtype=dtype)
         wide[..., ::2] = t
         return wide[..., ::2]
 
@@ -120,9 +131,10 @@ def test_masked_weights_are_not_read_and_get_zero(executor):
         assert not got[1][hidden].any() and got[1][~hidden].all()
 
 
-def test_a_batch_is_the_sum_of_its_pictures(executor):
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+def test_a_batch_is_the_sum_of_its_pictures(executor, dtype):
     """The same bits for any split of the batch."""
-    x, weight, bias, grad = data((5, 6, 7, 9, 4, 3, 3, 1))
+    x, weight, bias, grad = (t.to(dtype) for t in data((5, 6, 7, 9, 4, 3, 3, 1)))
     mask = (False, 1, 1)
     whole = executor.masked_conv(x, weight, bias, *mask)
     same_bits(torch.cat([executor.masked_conv(x[b : b + 1], weight, bias, *mask) for b in range(5)]), whole)

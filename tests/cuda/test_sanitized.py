@@ -42,9 +42,11 @@ ctypes.CDLL(sys.argv[1]).vqfast_cuda_few_rows_allow(0)
 
 for b, cin, cout, h, w, kh, kw, dilation in ((2, 9, 130, 5, 4, 7, 3, 1), (3, 4, 6, 9, 43, 3, 5, 2)):
     picture, weight, after = cases.normal(b, cin, h, w), cases.normal(cout, cin, kh, kw), cases.normal(b, cout, h, w)
-    ops.masked_conv_cuda(picture, weight, cases.normal(cout), True, dilation, 1)
-    ops.masked_conv_backward_cuda(after, picture, weight, False, dilation, 1, True, True)
-    ops.gate_cuda(after, cases.normal(b, cout), 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        picture, weight, after = (t.to(dtype) for t in (picture, weight, after))
+        ops.masked_conv_cuda(picture, weight, cases.normal(cout, dtype=dtype), True, dilation, 1)
+        ops.masked_conv_backward_cuda(after, picture, weight, False, dilation, 1, True, True)
+    ops.gate_cuda(after, cases.normal(b, cout, dtype=dtype), 0)
     ops.gate_backward_cuda(after[:, : cout // 2], after, None, 1)
 
 x, codebook = cases.normal(2, 1, 157, 35, seed=1), cases.normal(1, 513, 35, seed=2)
