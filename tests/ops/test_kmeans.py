@@ -1,5 +1,8 @@
 """kmeans: Lloyd's algorithm on the exact search, deterministic, with no lost codes (contract 3, 4, 7)."""
 
+import itertools
+from collections import Counter
+
 import cases
 import oracle
 import pytest
@@ -138,19 +141,30 @@ def test_codes_to_start_from(backend):
     same(found.indices, oracle.nearest(x, start).indices)
 
 
-@pytest.mark.quick
-def test_k_means_plus_plus_passes_over_no_row_that_matters(backend):
-    """Drawn with all distances computed, as the paper has it, and the same random numbers: the same codes."""
-    x = cases.integers(500, 4, seed=14, low=-30, high=30)  # distances are exact
-    got = vqfast.kmeans(put(backend, x), 30, iterations=0, init="k-means++", seed=3, backend=backend).codebook.cpu()
-    generator = torch.Generator().manual_seed(3)
-    rows = x[torch.randperm(500, generator=generator).sort().values]
-    chosen = [int(torch.randint(500, (1,), generator=generator))]
-    for _ in range(29):
-        weight = (rows[:, None] - rows[chosen]).square().sum(-1).amin(1).double()
-        target = torch.rand((), generator=generator, dtype=torch.float64) * weight.sum()
-        chosen.append(int(torch.searchsorted(weight.cumsum(0), target, right=True)))
-    same_bits(got, rows[chosen])
+def test_k_means_plus_plus_draws_by_squared_distance(backend):
+    """All sets of 4 of 7 rows, as often as the paper's chances say: chi-square with 34 degrees of freedom, 99.9 % are under 65.2."""
+    if backend != "cpu":
+        pytest.skip("the draws are the same Python on every backend; thousands of them need the fast one")
+    x = torch.tensor([[0.0], [1.0], [1.5], [4.0], [4.25], [9.0], [20.0]])
+    chances = Counter()
+    for order in itertools.permutations(range(7), 4):
+        chance = 1 / 7
+        for i in range(1, 4):
+            weight = (x - x[list(order[:i])].T).square().amin(1)
+            chance *= float(weight[order[i]] / weight.sum())
+        chances[frozenset(order)] += chance
+    seeds = 1500
+    found = Counter()
+    for seed in range(seeds):
+        codes = vqfast.kmeans(x, 4, iterations=0, init="k-means++", seed=seed, backend=backend).codebook
+        found[frozenset(int((x == code).nonzero()[0, 0]) for code in codes)] += 1
+    assert sum(chances.values()) == pytest.approx(1) and set(found) <= set(chances)
+    # Cells that expect less than 5 are one cell: the chi-square law does not hold for them alone.
+    cells = {key: seeds * chance for key, chance in chances.items() if seeds * chance >= 5}
+    rest = seeds - sum(cells.values())
+    square = sum((found[key] - wanted) ** 2 / wanted for key, wanted in cells.items())
+    square += (sum(n for key, n in found.items() if key not in cells) - rest) ** 2 / max(rest, 1)
+    assert square < 65.2, square
 
 
 @pytest.mark.quick
@@ -159,7 +173,7 @@ def test_rows_are_read_in_pieces(backend, monkeypatch):
     x = cases.integers(500, 4, seed=15)
     whole = vqfast.kmeans(put(backend, x), 12, iterations=3, backend=backend)
     dirty = torch.cat([x[:77], torch.full((2, 4), torch.inf), x[77:]])
-    for piece in (1, 63, 500):
+    for piece in (7, 500):
         monkeypatch.setattr(kmeans, "_PIECE", piece)
         for rows in (x, dirty, Recorded(x)):
             found = vqfast.kmeans(rows if isinstance(rows, Recorded) else put(backend, rows), 12, iterations=3, backend=backend)

@@ -16,7 +16,7 @@ from vqfast.ops.ema import code_stats
 _PIECE = 1 << 17
 _RUN = 32  # consecutive rows that a mini-batch takes together: some KiB of a file, where single rows would each cost a page
 _SAMPLE = 64  # rows per code among which k-means++ draws
-_BLOCK = 1024  # rows per block of k-means++'s distances
+_REFUSALS = 32  # draws in a row that k-means++ may refuse before it looks at all distances again
 # Share of a code's weight that a mini-batch pass hands to the next one. On encoder outputs 1 (Sculley's rule) stays above the
 # inertia that Lloyd's steps reach in as many passes, 0 lets each pass forget the last; a quarter is best or near it throughout.
 _CARRIED = 0.25
@@ -229,38 +229,37 @@ def _start_random(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
 def _start_plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
     """Codes drawn one after the other, each row with a chance proportional to its squared distance to the nearest so far.
 
-    A row's distance can fall only if the new code is nearer to the row's code than twice their distance: |x - c| >= |c - own|
-    - |x - own|. All other rows are passed over, with a margin for rounding.
+    Distances to the newest codes are found for many of them together, and until then a row is drawn by its older distance and
+    taken with the chance new / old: the same distribution (rejection sampling).
     """
     some = torch.randperm(rows.count, generator=generator)[: _SAMPLE * k].sort().values
     values = rows.take(some).to(rows.wide)
-    n = len(values)
     codebook = values.new_empty(k, values.shape[1])
-    codebook[0] = values[int(torch.randint(n, (1,), generator=generator))]
-    distance = values.new_zeros(-(-n // _BLOCK) * _BLOCK)  # padded with rows that are never drawn
-    distance[:n] = (values - codebook[0]).square().sum(-1)
-    own = torch.zeros(n, dtype=torch.int64, device=values.device)
-    for i in range(1, k):
-        codebook[i] = values[_draw(distance, n, generator)]
-        gap = (codebook[:i] - codebook[i]).square().sum(-1)
-        near = (gap[own] < 4.01 * distance[:n]).nonzero().squeeze(-1)
-        fresh = (values[near] - codebook[i]).square().sum(-1)
-        nearer = fresh < distance[near]
-        distance[near[nearer]] = fresh[nearer]
-        own[near[nearer]] = i
+    codebook[0] = values[int(torch.randint(len(values), (1,), generator=generator))]
+    distance, drawn = rows.search(values, codebook[:1])[0], 1
+    while drawn < k:
+        before, drawn = drawn, _draw_codes(values, distance, codebook, drawn, min(k, drawn + max(16, drawn // 4)), generator)
+        distance = torch.minimum(distance, rows.search(values, codebook[before:drawn])[0])
     return codebook
 
 
-def _draw(weight: Tensor, n: int, generator: torch.Generator) -> int:
-    """A position 0..n-1 with a chance proportional to `weight` (whole blocks, zero beyond n): first a block, then a row of it."""
-    blocks = weight.view(-1, _BLOCK)
-    reach = blocks.sum(1, dtype=torch.float64).cpu().cumsum(0)
-    target = torch.rand((), generator=generator, dtype=torch.float64) * reach[-1]
-    block = int(torch.searchsorted(reach, target, right=True).clamp(max=len(reach) - 1))
-    inside = blocks[block].to(torch.float64).cpu().cumsum(0)
-    target = target - (reach[block - 1] if block else 0)
-    # When all rows are covered any row will do: Lloyd's re-seeding takes care of the duplicates.
-    return min(n - 1, block * _BLOCK + int(torch.searchsorted(inside, target, right=True).clamp(max=_BLOCK - 1)))
+def _draw_codes(values: Tensor, distance: Tensor, codebook: Tensor, begin: int, most: int, generator: torch.Generator) -> int:
+    """Fill codebook[begin:most], or less when the distances [N], which do not know these codes, get too old; returns the end."""
+    reach = distance.to(torch.float64).cpu().cumsum(0)
+    at, refused = begin, 0
+    while at < most and (refused < _REFUSALS or at == begin):
+        target, chance = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        picked = min(len(values) - 1, int(torch.searchsorted(reach, target * reach[-1], right=True)))
+        old = new = float(distance[picked])
+        if at > begin:
+            new = min(old, float((codebook[begin:at] - values[picked]).square().sum(-1).min()))
+        # When every row is a code already any row will do: Lloyd's re-seeding takes care of the duplicates.
+        if chance * old < new or reach[-1] == 0:
+            codebook[at] = values[picked]
+            at, refused = at + 1, 0
+        else:
+            refused += 1
+    return at
 
 
 _STARTS = {"random": _start_random, "k-means++": _start_plus_plus}
