@@ -461,12 +461,13 @@ class VectorQuantize(nn.Module):
 
     def _commitment_of_each(self, rows: Tensor, found: Found, freeze: bool) -> Tensor:
         """Mean squared error per row and code, [B, ..., k]; 0 where masked."""
-        codes = found.quantized if self.learnable_codebook and not freeze else found.quantized.detach()
+        to_codes = not self.training or (self.learnable_codebook and not freeze)
+        codes = found.quantized if to_codes else found.quantized.detach()
         error = (codes.to(rows.dtype) - rows[..., None, :]).square().mean(-1)
         return torch.where(found.indices >= 0, error, 0)
 
     def _orthogonal(self, found: Found) -> Tensor:
-        codes = self._codebook.embed
+        codes = self._codebook.embed.clone()  # as they are now: the averages may move them before backward
         if self.orthogonal_reg_active_codes_only:
             require(
                 self.heads == 1 or not self.separate_codebook_per_head,
