@@ -153,6 +153,8 @@ def _reasons(family: str, backend: str, device: str, dtypes: tuple[torch.dtype, 
         found += [_unless(device == "cuda", f"its tensors live on {device}, the cuda backend takes cuda tensors")]
     if backend == "triton":
         found += _triton_reasons(family, device)
+    if backend in ("cuda", "triton") and device == "cuda":
+        found += [_old_gpu()]
     found += [_unless(d in _DTYPES, f"{d} runs on the reference backend only") for d in dtypes]
     return tuple(reason for reason in found if reason)
 
@@ -165,6 +167,18 @@ def _triton_reasons(family: str, device: str) -> list[str]:
         _unless(_has_triton_kernel(family), f"{family} has no Triton kernel"),
         _unless(device == "cuda" or interpreted, f"its tensors live on {device}, Triton takes cuda tensors"),
     ]
+
+
+def _old_gpu() -> str:
+    # One older GPU in sight is one too many: the choice knows that a tensor lives on a GPU, not on which.
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major < 8:
+            return (
+                f"GPU {i} ({torch.cuda.get_device_name(i)}) has compute capability {major}.{minor}, the GPU kernels need 8.0"
+                " (CUDA_VISIBLE_DEVICES hides it)"
+            )
+    return ""
 
 
 def _has_triton_kernel(family: str) -> bool:

@@ -6,6 +6,8 @@ import cases
 import pytest
 import torch
 
+from vqfast import _backends
+
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -68,3 +70,17 @@ def test_unsupported_dtypes_and_shapes_are_refused_in_words(executor):
         executor.ema_update_(codebook, size, sums, sums[:, :4], counts, None, 0.9, 1e-5)
     with pytest.raises(RuntimeError, match="frozen must be"):
         executor.ema_update_(codebook, size, sums, sums, counts, counts, 0.9, 1e-5)
+
+
+def test_gpus_that_are_too_old_are_left_to_the_reference(monkeypatch):
+    capability = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capability))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
+    reasons = _backends._reasons.__wrapped__  # without what it remembers of this machine
+    for backend in ("cuda", "triton"):
+        assert any("GPU number 1" in reason and "7.5" in reason for reason in reasons("nearest", backend, "cuda", ()))
+    capability[1] = (8, 0)
+    assert not any("capability" in reason for reason in reasons("nearest", "triton", "cuda", ()))
+    assert not any("capability" in reason for reason in reasons("nearest", "cpu", "cpu", ()))
