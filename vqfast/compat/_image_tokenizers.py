@@ -72,8 +72,8 @@ class VARMethods:
             for level, (indices, f_hat) in enumerate(self._levels(fixed, sizes, scales)):
                 if self.training and dist.is_initialized():
                     self._record_hits(level, indices)
-                loss = loss + F.mse_loss(f_hat.data, f_BChw) * self.beta + F.mse_loss(f_hat, fixed)
-            f_hat = (f_hat.data - fixed).add_(f_BChw)
+                loss = loss + F.mse_loss(f_hat.detach(), f_BChw) * self.beta + F.mse_loss(f_hat, fixed)
+            f_hat = (f_hat.detach() - fixed) + f_BChw
         return f_hat, self._usages(f_BChw) if ret_usages else None, loss * (1.0 / scales)
 
     def f_to_idxBl_or_fhat(self, f_BChw: Tensor, to_fhat: bool, v_patch_nums=None) -> list[Tensor]:
