@@ -14,7 +14,7 @@ LOOKS = STYLES | {KEOPS: ("#CC79A7", "P"), LAYERS: ("#E69F00", "X")}
 DATA = ("latents", "isotropic")
 
 HOW = """\
-float32, medians of {rounds} rounds after warm-up (2 at most for large shapes), all methods in turns. Codes of `latents` are training
+float32, medians of {rounds} rounds after warm-up (1 of methods that take more than a second), all in turns. Codes of `latents` are training
 rows drawn at random; with D < 64 rows and codes are the first principal coordinates, with D > 64 they are turned into that many
 coordinates by a random orthonormal map, plus noise of {noise:g} of their variance: the same intrinsic dimension. `isotropic` are
 independent normal numbers. vqfast starts from the bare codebook each time, FAISS from its finished index. Before it was timed, each
@@ -124,7 +124,7 @@ def counts(result: dict) -> str:
 
 def memory(result: dict) -> str:
     names = [name for name in METHODS if any(name in entry["MiB"] for entry in result["memory"])]
-    rows = [[label(entry), *(f"{entry['MiB'][name]:,.0f}" for name in names)] for entry in result["memory"]]
+    rows = [[label(e), *(f"{e['MiB'][name]:,.0f}" if name in e["MiB"] else "" for name in names)] for e in result["memory"]]
     return "The process's high-water mark above what was resident before, rows and codebook included there.\n\n" + table(["", *names], rows)
 
 
