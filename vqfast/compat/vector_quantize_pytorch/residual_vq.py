@@ -265,9 +265,13 @@ class ResidualVQ(Residual):
         return total, found, losses, inputs
 
     def _fuses(self, inner: Tensor) -> bool:
-        """Whether one op may run all levels: in eval, where no level does more than take its nearest code."""
+        """Whether one op may run all levels: in eval, where no level does more than take its nearest code.
+
+        Not in half precision: the op keeps what is left over in float32, which training and the other library round.
+        """
         books = [layer._codebook for layer in self.layers]
-        plain = self.uniform_codebook_size and not (self.training or self.implicit_neural_codebook or self.layers[0].use_cosine_sim)
+        plain = self.uniform_codebook_size and inner.dtype in (torch.float32, torch.float64)
+        plain = plain and not (self.training or self.implicit_neural_codebook or self.layers[0].use_cosine_sim)
         ready = plain and not any(book._may_need_init for book in books)
         return ready and not (torch.is_grad_enabled() and any(book.embed.requires_grad for book in books))
 
