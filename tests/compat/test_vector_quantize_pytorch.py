@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from side_by_side import Fresh, assert_same, libraries, pair
+from side_by_side import Fresh, assert_equal, assert_same, libraries, pair
 from torch import nn
 
 BASE = {"dim": 16, "codebook_size": 32}
@@ -187,3 +187,44 @@ def test_the_rotation_trick_at_zero_and_backwards():
     torch.testing.assert_close(matrix @ x.detach()[2], q[2])
     torch.testing.assert_close(x.grad[2], matrix.T @ g)
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", ["default", "cosine", "heads", "heads, separate"])
+def test_the_inner_codebook_is_a_seam_that_others_call(case, train):
+    peer, ours = pair("VectorQuantize", **BASE | LAYERS[case][0])
+    x = torch.randn(2, 30, 16)
+    for layer in (peer, ours):
+        layer.train(train)
+    inputs = [layer._codebook.transform_input(layer.maybe_split_heads_from_input(x)) for layer in (peer, ours)]
+    assert torch.equal(*inputs)
+    results = [layer._codebook(given) for layer, given in zip((peer, ours), inputs, strict=True)]
+    for theirs, own in zip(*results, strict=True):
+        assert_equal(own, theirs, case)
+    for name, value in peer.state_dict().items():
+        assert_equal(ours.state_dict()[name], value, name)
+
+
+def test_codes_can_be_read_set_and_stepped_by_hand():
+    peer, ours = pair("VectorQuantize", **BASE, **LEARNABLE, in_place_codebook_optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                      manual_in_place_optimizer_update=True)  # fmt: skip
+    x, codes = torch.randn(2, 64, 16), torch.randn(32, 16)
+    for layer in (peer, ours):
+        with torch.no_grad():
+            layer.codebook = codes
+        layer(x)
+        assert torch.equal(layer.codebook, codes)
+        layer.update_in_place_optimizer()
+        assert not torch.equal(layer.codebook, codes)
+    torch.testing.assert_close(ours.codebook, peer.codebook)
+    assert ours.ema_update is peer.ema_update is False
+
+
+def test_dead_codes_can_be_replaced_by_hand():
+    peer, ours = pair("VectorQuantize", **BASE, threshold_ema_dead_code=2)
+    x = torch.randn(1, 64, 16)  # of a larger batch the other library sees the first element only
+    for layer in (peer, ours):
+        torch.manual_seed(3)
+        layer.expire_codes_(x)
+        assert all((x[0] == code).all(-1).any() for code in layer.codebook)
+    assert torch.equal(ours.codebook, peer.codebook)
