@@ -1,5 +1,7 @@
 """Scalar and binary quantizers of vqfast.compat.vector_quantize_pytorch beside the library whose face they are."""
 
+import inspect
+
 import pytest
 import torch
 from side_by_side import Fresh, assert_equal, assert_same, libraries, pair, tensors
@@ -304,3 +306,43 @@ def test_public_names_are_the_other_library_s():
     assert names == set(face.__all__)
     for module in ("residual_vq", "sim_vq", "lookup_free_quantization", "vector_quantize_pytorch", "utils"):
         assert hasattr(face, module) and hasattr(peer, module)
+
+
+# Defaults that say the same in another way, or where the other library's default undoes the constructor's (freeze_codebook).
+OTHER_DEFAULTS = {"straight_through_activation", "mlp_kwargs", "init_fn", "freeze_codebook"}
+SMALL = {
+    "VectorQuantize": {"dim": 8, "codebook_size": 16},
+    "ResidualVQ": {"dim": 8, "codebook_size": 16, "num_quantizers": 2},
+    "GroupedResidualVQ": {"dim": 8, "codebook_size": 16, "num_quantizers": 2},
+    "SimVQ": {"dim": 8, "codebook_size": 16},
+    "ResidualSimVQ": {"dim": 8, "codebook_size": 16, "num_quantizers": 2},
+    "RandomProjectionQuantizer": {"dim": 8, "codebook_size": 16, "codebook_dim": 4},
+    "FSQ": {"levels": [5, 5]},
+    "FSP": {"levels": [5, 5]},
+    "LFQ": {"dim": 4},
+    "EvoLFQ": {"dim": 4, "encoder": nn.Identity(), "decoder": nn.Identity()},
+    "ResidualFSQ": {"levels": [5, 5], "num_quantizers": 2},
+    "GroupedResidualFSQ": {"dim": 4, "groups": 2, "levels": [5, 5], "num_quantizers": 2},
+    "ResidualLFQ": {"dim": 4, "codebook_size": 16, "num_quantizers": 2},
+    "GroupedResidualLFQ": {"dim": 8, "groups": 2, "codebook_size": 16, "num_quantizers": 2},
+    "LatentQuantize": {"levels": [5, 5], "dim": 2},
+    "BinaryMapper": {"bits": 3},
+    "HierarchicalVQ": {"dim": 8, "codebook_size": 16, "scales": (1, 2)},
+}
+# Steps of the other library's own forward, in einops' terms.
+PRIVATE_IN_SPIRIT = {"LatentQuantize": {"quantize_and_project"}, "HierarchicalVQ": {"flatten", "unflatten", "to", "mask", "indices"}}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_signatures_and_attributes(name):
+    peer, face = (getattr(library, name) for library in libraries())
+    for method in ("__init__", "forward"):
+        theirs, own = (inspect.signature(getattr(c, method)).parameters for c in (peer, face))
+        assert list(theirs) == list(own)
+        for key, parameter in theirs.items():
+            assert own[key].kind == parameter.kind
+            assert own[key].default == parameter.default or key in OTHER_DEFAULTS, key
+    made = [c(**SMALL[name]) for c in (peer, face)]
+    missing = {a for a in dir(made[0]) if not a.startswith("_") and not hasattr(made[1], a)}
+    private = PRIVATE_IN_SPIRIT.get(name, set())
+    assert {a for a in missing if a not in private and a.split("_")[0] not in private} == set()
