@@ -27,6 +27,15 @@ inline bool hopper() {
 
 #ifdef __CUDACC__
 
+// Static shared memory of a kernel as it was built for this device; 0 also where it was not.
+template <class... P>
+size_t static_shared_bytes(void (*kernel)(P...)) {
+  cudaFuncAttributes found;
+  if (cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)) == cudaSuccess) return found.sharedSizeBytes;
+  cudaGetLastError();  // or the next launch would be blamed
+  return 0;
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... args) {
   if (shared_bytes > (48 << 10))

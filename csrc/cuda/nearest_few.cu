@@ -21,7 +21,7 @@ std::atomic<bool> allowed{false};
 extern "C" __attribute__((visibility("default"))) int vqfast_cuda_few_rows_allow(int allow) { return allowed.exchange(allow != 0); }
 
 bool few_rows(const NearestProblem& p) {
-  return allowed && p.metric != kCosine && p.x.rows() * p.x.groups <= kMostFewRows && p.x.dim <= kScreenedDim &&
+  return allowed && p.metric != kCosine && p.x.rows() * p.x.groups <= kMostFewRows && p.x.dim <= kFewDim &&
          ceil_div(p.codebook.size, kFewCodes) <= 65535;
 }
 

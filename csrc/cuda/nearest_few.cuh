@@ -9,8 +9,8 @@
 // lower bound of its other 254. Settling evaluates the codes whose L does not lie above the smallest upper bound; where a third
 // may be in reach, all 256. So nothing is left over, and the codes are split over as many blocks as there are tiles.
 //
-// The centre is, per component, the median of three codes, which every warp finds for itself: it takes a common offset away, and
-// one wild code cannot move it.
+// The centre is, per component, the median of three codes, which every block finds for itself: it takes a common offset away,
+// and one wild code cannot move it.
 #pragma once
 
 #include "cuda/exact.cuh"
@@ -33,6 +33,10 @@ struct Sample {  // three codes, of which the centre is made
     const float median = fmaxf(fminf(a, b), fminf(fmaxf(a, b), e));
     return is_finite(median) ? median : 0.0f;  // any value is right, if both sides use it
   }
+};
+
+struct FewCentre {
+  float of[kFewDim];
 };
 
 // Writes one vector's float16 image, pair by pair, where `put(pair, bits)` says; value(d) is exact in float32. Returns the upper
@@ -64,18 +68,19 @@ struct PairAt {
   __device__ explicit PairAt(i64 pair) : k16(int(pair % 16 / 8)), half(int(pair % 8 / 4)), quad(int(pair % 4)) {}
 };
 
-__device__ inline void few_code(const NearestProblem& p, const FewSpace& space, double e0, i64 g, i64 k) {
+__device__ inline void few_code(const NearestProblem& p, const FewSpace& space, double e0, i64 g, i64 k, const float* centre) {
   const Codes& c = p.codebook;
   const Sample sample(c.size);
   const int lane = threadIdx.x % 32;
   const i64 base = c.base(g, k);
-  auto centred = [&](i64 d) { return sub(load_f32(c.data, c.dtype, base + d * c.stride_d), sample.centre(c, g, d)); };
+  auto centred = [&](i64 d) { return sub(load_f32(c.data, c.dtype, base + d * c.stride_d), centre[d]); };
   double square = 0, centre_square = 0;
   bool finite = true, differs[4] = {k == 0, k <= sample.code[0], k <= sample.code[1], k <= sample.code[2]};
   for (i64 d = lane; d < c.dim; d += 32) {
-    const float value = load_f32(c.data, c.dtype, base + d * c.stride_d), u = centred(d), m = sample.centre(c, g, d);
+    const float value = load_f32(c.data, c.dtype, base + d * c.stride_d), u = centred(d), m = centre[d];
     finite = finite && is_finite(value);
     square += double(u) * double(u), centre_square += double(m) * double(m);
+    // Nothing more is read once a lane has seen a difference.
     differs[0] = differs[0] || value != load_f32(c.data, c.dtype, base - c.stride_k + d * c.stride_d);
     for (int i = 0; i < 3; ++i) differs[i + 1] = differs[i + 1] || value != sample.value(c, g, i, d);
   }
@@ -102,14 +107,13 @@ __device__ inline void few_code(const NearestProblem& p, const FewSpace& space, 
                                 usable ? image.residual : 0.0f};
 }
 
-__device__ inline void few_row(const NearestProblem& p, const FewSpace& space, double e0, i64 g, i64 row) {
+__device__ inline void few_row(const NearestProblem& p, const FewSpace& space, double e0, i64 g, i64 row, const float* centre) {
   const Rows& x = p.x;
-  const Sample sample(p.codebook.size);
   const int lane = threadIdx.x % 32;
   const i64 base = x.base(g, row);
   auto centred = [&](i64 d) {
     const float value = load_f32(x.data, x.dtype, base + d * x.stride_d);
-    return p.metric == kL2 ? sub(value, sample.centre(p.codebook, g, d)) : value;
+    return p.metric == kL2 ? sub(value, centre[d]) : value;
   };
   double square = 0;
   bool finite = true;
@@ -141,11 +145,15 @@ __device__ inline void few_row(const NearestProblem& p, const FewSpace& space, d
 }
 
 __global__ void __launch_bounds__(32 * kFewWarps) nearest_few_prepare_kernel(NearestProblem p, FewSpace space, double e0) {
+  VQ_SHARED(FewCentre, centre);
   const i64 item = i64(blockIdx.x) * kFewWarps + threadIdx.x / 32, g = blockIdx.y;
+  const Sample sample(p.codebook.size);
+  for (i64 d = threadIdx.x; d < p.x.dim; d += 32 * kFewWarps) centre.of[d] = sample.centre(p.codebook, g, d);
+  sync_threads();
   if (item < p.codebook.size)
-    few_code(p, space, e0, g, item);
+    few_code(p, space, e0, g, item, centre.of);
   else if (item < p.codebook.size + p.x.rows())
-    few_row(p, space, e0, g, item - p.codebook.size);
+    few_row(p, space, e0, g, item - p.codebook.size, centre.of);
 }
 
 // ---- screen ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 namespace vq {
 
 constexpr int kFewRows = 128, kFewCodes = 256;  // a block's tile: one wave of blocks covers 1,024 rows x 4,096 codes
+constexpr int kFewDim = 2048;                   // a block holds the centre
 constexpr int kNoCode = 0x7FFFFFFF;
 // l2: a code longer than kWildLength scores at least 2^62 (2^61 - 2^60) with a row of at most kTameRow.
 constexpr float kWildScore = 0x1p121f;

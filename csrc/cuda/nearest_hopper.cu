@@ -17,6 +17,12 @@ void screen(const NearestProblem& p, const NearestSpace& space, cudaStream_t str
 // Off until somebody allows it: this screen stands on how wgmma reads shared memory and adds, which no GPU has confirmed yet.
 std::atomic<bool> allowed{false};
 
+// A build without sm_90a leaves the kernel empty, its barriers in shared memory too. All Hopper devices run the same build.
+bool built_for_hopper() {
+  static const bool built = static_shared_bytes(nearest_hopper_kernel<5>) > 0;
+  return built;
+}
+
 int rows_per_block(int steps) { return steps <= 9 ? HopperShape<9>::kRows : HopperShape<17>::kRows; }
 
 }  // namespace
@@ -27,7 +33,7 @@ extern "C" __attribute__((visibility("default"))) int vqfast_cuda_hopper_allow(i
 
 void plan_hopper(const NearestProblem& p, NearestSpace* s) {
   s->steps = s->half_splits = s->id_bits = 0;
-  if (!allowed || !hopper() || p.x.dim > 16 * (kHalfMaxSteps - 1)) return;
+  if (!allowed || !hopper() || !built_for_hopper() || p.x.dim > 16 * (kHalfMaxSteps - 1)) return;
   s->steps = p.x.dim <= 64 ? 5 : p.x.dim <= 128 ? 9 : kHalfMaxSteps;
   const i64 tiles = ceil_div(p.codebook.size, kHalfCodes), blocks = ceil_div(p.x.rows(), rows_per_block(s->steps)) * p.x.groups;
   // Few rows: the codes are split until every multiprocessor has work. Very many codes: until 12 bits hold a group's number.

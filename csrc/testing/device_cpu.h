@@ -12,6 +12,9 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   exec::launch(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 
+template <class... P>
+size_t static_shared_bytes(void (*)(P...)) { return 1; }
+
 inline const char* launch_error() { return nullptr; }
 
 // VQFAST_EXECUTOR_SMS: how many multiprocessors the launchers believe in, so that tests reach every split.

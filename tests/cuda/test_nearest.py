@@ -165,6 +165,15 @@ def test_few_rows_settle_by_the_codes_that_are_named(executor, few_rows):
     verify(executor, x, codebook)
 
 
+def test_few_rows_leave_the_rest_to_the_other_screens(executor, few_rows):
+    """More rows, wider ones, and cosine."""
+    assert whole_tiles(executor, *cases.clustered(3, 4, 2048, seed=1)) >= 0
+    for n, dim, metric in ((3, 2049, "l2"), (4097, 1, "l2"), (3, 4, "cosine")):
+        x, codebook = cases.clustered(n, 4, dim, seed=n)
+        assert whole_tiles(executor, x, codebook, metric) == -1
+        verify(executor, x, codebook, metric)
+
+
 def test_few_rows_with_three_codes_in_reach(executor, few_rows):
     """Rows between three codes of one tile, and codes one unit of the last place apart: whole tiles are evaluated."""
     codebook = cases.normal(300, 16, seed=80)
