@@ -112,8 +112,8 @@ def inception(pixels: Tensor, net: InceptionFeatures) -> Tensor:
     return torch.cat([net(pixels_to_float(part)) for part in pixels.split(10)])
 
 
-def measure(args) -> tuple[dict, object]:
-    """(figures, the sheet as a Pillow image)."""
+def measure(args):
+    """Yields (figures, the sheet as a Pillow image): first without what the Inception network says, then with it."""
     model, prior, settings = find_priors(args.model, args.prior)
     config = config_from(read_json(Path(args.model) / "config.json"))
     data = open_sources(config.data, 3)
@@ -124,8 +124,7 @@ def measure(args) -> tuple[dict, object]:
     result |= {"count": args.count, "autoencoder": budget(Path(args.model))}
     result["bits"] = bits(Path(args.prior), settings["shapes"], test[0].numel())
     per_class = args.count // len(classes)
-    pool = round(per_class / FRACTION)
-    labels = torch.arange(len(classes)).repeat_interleave(pool)
+    labels = torch.arange(len(classes)).repeat_interleave(round(per_class / FRACTION))
     drawn, seconds = draw_pool(model, prior, settings["shapes"], labels)
     result["drawing"] = {"pictures": len(drawn), "seconds": seconds}
     print(f"{len(drawn)} pictures drawn, codes in {seconds:.0f} s", flush=True)
@@ -139,23 +138,28 @@ def measure(args) -> tuple[dict, object]:
     scores = class_scores(rejecting, pixels_to_float(drawn), labels)
     kept = keep_best(scores, labels, FRACTION)
     plain = torch.cat([(labels == i).nonzero()[:per_class, 0] for i in range(len(classes))])
-    with torch.no_grad():
-        found, features = zip(*((judge(x).argmax(1), judge.features(x)) for x in pixels_to_float(drawn).split(250)))
-    points = accuracy_diversity_curve(scores, labels, torch.cat(found) == labels, torch.cat(features), FRACTIONS)
     result["judge's accuracy"] = {
         "test pictures": accuracy(judge, real, test.labels[rows]),
         "their reconstructions": accuracy(judge, restored, test.labels[rows]),
     }
-    result["curve"] = [point._asdict() for point in points]
+    result["curve"] = [point._asdict() for point in curve(judge, drawn, labels, scores)]
+    shown = [torch.cat([chosen[labels[chosen] == i][:8] for i in range(len(classes))]) for chosen in (plain, kept)]
+    samples = sheet(drawn, shown, classes)
+    yield result, samples
     if not args.no_fid:
-        result["against test pictures"] = compare(real, {
+        sets = {
             "training pictures": train.pixels[torch.arange(args.count) * len(train) // args.count],
             "reconstructions of the test pictures": restored,
             "drawn": drawn[plain],
             f"drawn, the best {FRACTION:.0%} kept": drawn[kept],
-        })  # fmt: skip
-    shown = [torch.cat([rows_[labels[rows_] == i][:8] for i in range(len(classes))]) for rows_ in (plain, kept)]
-    return result, sheet(drawn, shown, classes)
+        }
+        yield result | {"against test pictures": compare(real, sets)}, samples
+
+
+@torch.no_grad()
+def curve(judge: PictureClassifier, drawn: Tensor, labels: Tensor, scores: Tensor) -> list[CurvePoint]:
+    found, features = zip(*((judge(x).argmax(1), judge.features(x)) for x in pixels_to_float(drawn).split(250)))
+    return accuracy_diversity_curve(scores, labels, torch.cat(found) == labels, torch.cat(features), FRACTIONS)
 
 
 def compare(real: Tensor, sets: dict[str, Tensor]) -> dict[str, dict]:
@@ -265,11 +269,11 @@ def main() -> None:
         return render(json.loads(args.render.read_text()), args.render.name, args.render.parent)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    result, samples = measure(args)
-    save_picture(samples, args.out / "priors_samples.png")
-    file = args.out / f"priors_{result['date'][:10]}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    render(result, file.name, args.out)
+    for result, samples in measure(args):
+        save_picture(samples, args.out / "priors_samples.png")
+        file = args.out / f"priors_{result['date'][:10]}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        render(result, file.name, args.out)
     print(args.out / "priors.md")
 
 
