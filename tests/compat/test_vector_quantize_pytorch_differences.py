@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,6 +317,20 @@ def test_nothing_but_torch_is_imported():
         "import sys; import vqfast.compat.vector_quantize_pytorch as v;"
         "bad = {'vector_quantize_pytorch', 'einops', 'einx', 'loguru', 'triton', 'torch._dynamo'} & set(sys.modules);"
         "assert not bad, bad; assert v.residual_vq.ResidualVQ is v.ResidualVQ"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recipe_for_code_that_cannot_be_edited():
+    text = (Path(__file__).parents[2] / "docs/COMPAT.md").read_text()
+    recipe = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sys.modules" in block)
+    code = recipe + (
+        "from vector_quantize_pytorch import FSQ, Sequential\n"
+        "from vector_quantize_pytorch.finite_scalar_quantization import FSQ as same\n"
+        "import vector_quantize_pytorch.residual_vq as module\n"
+        "assert same is FSQ and module.ResidualVQ.__module__.startswith('vqfast.'), module\n"
+        "Sequential(same([5, 5]))\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr

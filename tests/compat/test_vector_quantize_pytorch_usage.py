@@ -178,6 +178,10 @@ COMPILED = {
         (2, 8, 5, 4),
     ),
     "grouped residual": (lambda: GroupedResidualVQ(dim=8, codebook_size=16, num_quantizers=3, groups=2), (2, 20, 8)),
+    "shared residual, beams": (
+        lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, shared_codebook=True, beam_size=2),
+        (2, 20, 8),
+    ),
     "sim": (lambda: SimVQ(8, 16), (2, 20, 8)),
     "lookup-free": (lambda: LFQ(dim=4), (2, 20, 4)),
 }

@@ -346,7 +346,7 @@ class VectorQuantize(nn.Module):
                 return codes, _conditional.lookup(book, rows, codes, codebook_transform_fn, valid, **options)
             return codes, book.lookup(rows, codes, valid, with_sums=learns, **options)
 
-        in_place = self.in_place_codebook_optimizer is not None and learns
+        in_place = self.in_place_codebook_optimizer is not None and learns and torch.is_grad_enabled()
         in_place_loss = self.zero
         codes, found = search(rows.detach() if in_place else rows)
         if learns:
