@@ -197,6 +197,8 @@ class ResidualVectorQuantizer(nn.Module):
     Args:
         dimension: D. n_q: levels. bins: codes per level. decay, kmeans_init, kmeans_iters, threshold_ema_dead_code: per level.
 
+    Names and units are those of the repository's head; release 0.1.1 calls frame_rate sample_rate and reports kilobits.
+
     State: vq.layers.{i}._codebook.{inited, cluster_size, embed, embed_avg}.
 
     Source: https://github.com/facebookresearch/encodec, encodec/quantization; Defossez et al. 2022.
