@@ -8,7 +8,7 @@ constexpr int kUnit = 2 * W;  // codes that one pass over the coordinates scores
 // ---- candidates --------------------------------------------------------------------------------------------------------------
 
 // Sums of kBatch pairs at a time: terms by vectors, then kBatch independent chains of additions in ascending d.
-constexpr int kBatch = 4;
+constexpr int kBatch = 8;
 constexpr int kTerms = 64;
 
 inline void pair_terms(const float* x, const float* c, int64_t n, bool difference, double* out) {
@@ -26,14 +26,17 @@ inline void pair_terms(const float* x, const float* c, int64_t n, bool differenc
 
 inline void pair_sums(const ExactCodes& e, const float* const* x, const int32_t* code, double* total) {
   double terms[kBatch][kTerms];
-  double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+  double sum[kBatch] = {};
   for (int64_t d0 = 0; d0 < e.dim; d0 += kTerms) {
     const int64_t len = e.dim - d0 < kTerms ? e.dim - d0 : kTerms;
     for (int j = 0; j < kBatch; ++j)
       pair_terms(x[j] + d0, e.codes + (int64_t)code[j] * e.ld + d0, len, e.metric == kL2, terms[j]);
-    for (int64_t i = 0; i < len; ++i) t0 += terms[0][i], t1 += terms[1][i], t2 += terms[2][i], t3 += terms[3][i];
+    for (int64_t i = 0; i < len; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBatch; ++j) sum[j] += terms[j][i];
+    }
   }
-  total[0] = t0, total[1] = t1, total[2] = t2, total[3] = t3;
+  for (int j = 0; j < kBatch; ++j) total[j] = sum[j];
 }
 
 inline double score_of(const ExactCodes& e, double total, int32_t code) {
