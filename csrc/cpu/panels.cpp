@@ -10,7 +10,8 @@ namespace vqfast {
 namespace {
 
 constexpr double kUnitRoundoff = 0x1p-24;
-constexpr int64_t kBasisSample = 512;  // codes that the principal directions are estimated from
+constexpr int64_t kBasisSample = 512;  // codes that the principal directions are estimated from: a quarter of them, this at most
+constexpr int64_t kBasisSampleLeast = 128;
 constexpr int kExtra = 4;              // directions iterated beyond those kept
 constexpr int kIterations = 3;
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
@@ -131,7 +132,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
 void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   const int64_t dim = codes.work().dim, k = (int64_t)codes.searched().size();
   const float* centre = codes.centre().data();
-  const int64_t n = std::min(k, kBasisSample);
+  const int64_t n = std::min(k, std::max(kBasisSampleLeast, std::min(kBasisSample, k / 4)));
   std::vector<const float*> sample;
   double total = 0;
   for (int64_t i = 0; i < n; ++i) {
