@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "ema_rows.h"
+#include "ema_level.h"
 #include "search.h"
 
 namespace vqfast {
@@ -52,18 +52,9 @@ bool sort_rows(const int64_t* index, int64_t rows, int64_t codes, Sorted* sorted
   return true;
 }
 
-SumRows sum_rows() {
-#if defined(__x86_64__) && !defined(VQFAST_NO_X86)
-  switch (level()) {
-    case 2: return sum_rows_avx512;
-    case 1: return sum_rows_avx2;
-  }
-#endif
-  return sum_rows_scalar;
-}
-
 // Sorted rows [from, to): whole codes go to `sums`, the others to the block's edges. False when a whole code's sum is not finite.
-bool sum_block(const Rows& rows, const Sorted& sorted, int64_t from, int64_t to, SumRows sum, float* sums, Edge* head, Edge* tail) {
+bool sum_block(const Rows& rows, const Sorted& sorted, int64_t from, int64_t to, float* sums, Edge* head, Edge* tail) {
+  const auto sum = ema_kernels().sum_rows;
   const std::vector<int64_t>& begin = sorted.begin;
   const int64_t* order = sorted.order.get();
   const int64_t dim = rows.dim, kept = begin.back();
@@ -115,6 +106,16 @@ bool join_edges(std::vector<Edge>& head, std::vector<Edge>& tail, int64_t dim, f
 
 }  // namespace
 
+const EmaKernels& ema_kernels() {
+#if defined(__x86_64__) && !defined(VQFAST_NO_X86)
+  switch (level()) {
+    case 2: return ema_kernels_avx512();
+    case 1: return ema_kernels_avx2();
+  }
+#endif
+  return ema_kernels_scalar();
+}
+
 Stats code_stats(const Rows& rows, const int64_t* index, int64_t codes, float* sums, int64_t* counts, const Parallel& parallel) {
   Sorted sorted;
   if (!sort_rows(index, rows.count, codes, &sorted, counts)) return Stats::kOutOfRange;
@@ -124,13 +125,12 @@ Stats code_stats(const Rows& rows, const int64_t* index, int64_t codes, float* s
     for (int64_t c = first; c < last; ++c)
       if (counts[c] == 0) memset(sums + c * dim, 0, dim * sizeof(float));
   });
-  const SumRows sum = sum_rows();
   const int64_t blocks = (kept + kBlock - 1) / kBlock;
   std::vector<Edge> head(blocks), tail(blocks);
   std::atomic<bool> finite{true};
   parallel(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b)
-      if (!sum_block(rows, sorted, b * kBlock, std::min(kept, (b + 1) * kBlock), sum, sums, &head[b], &tail[b]))
+      if (!sum_block(rows, sorted, b * kBlock, std::min(kept, (b + 1) * kBlock), sums, &head[b], &tail[b]))
         finite.store(false, std::memory_order_relaxed);
   });
   const bool edges_finite = join_edges(head, tail, dim, sums);
@@ -147,14 +147,8 @@ void ema_update(float* codebook, float* cluster_size, float* cluster_sum, const 
     std::vector<float> mean(dim);
     for (int64_t c = begin; c < end; ++c) {
       cluster_size[c] = cluster_size[c] * keep + (float)counts[c] * take;
-      float* total = cluster_sum + c * dim;
-      bool finite = true;
       const float size = cluster_size[c];
-      for (int64_t d = 0; d < dim; ++d) {
-        total[d] = total[d] * keep + sums[c * dim + d] * take;
-        mean[d] = total[d] / size;
-        finite = finite && std::isfinite(mean[d]);
-      }
+      const bool finite = ema_kernels().blend(cluster_sum + c * dim, sums + c * dim, mean.data(), keep, take, size, dim);
       if (size >= least && finite && !(frozen && frozen[c])) memcpy(codebook + c * dim, mean.data(), dim * sizeof(float));
     }
   });
