@@ -91,6 +91,7 @@ def test_methods_are_left_out_for_a_reason():
     rates, small, large = sweep.Rates(), *(sweep.Case("latents", 16_384, k, 64) for k in (1024, 262_144))
     assert not rates.reason(CDIST, small) and "16 GiB" in rates.reason(CDIST, large) and not rates.reason(FAISS, large)
     rates.learn(small, {FAISS: 40.0})  # 256 times as many codes: 10 s
+    rates.learn(sweep.Case("latents", 16_384, 1024, 4), {FAISS: 20.0})  # small shapes cost more per number
     assert rates.reason(FAISS, large) == "about 10 s" and not rates.reason(FAISS, small)
     assert not rates.reason(FAISS, sweep.Case("isotropic", 16_384, 262_144, 64)), "other data, other times"
 
