@@ -154,23 +154,23 @@ __global__ void __launch_bounds__(kConvThreads, 2) masked_conv_kernel(Images x, 
 
   // A thread brings one position of every other word, and 4 words of weights or 8.
   const int own = threadIdx.x / kConvTile;
-  i64 tap = 0, channel = own * Math::kPack, at = 0;
-  bool inside = false;
+  i64 tap = 0, at = 0;
+  int left = 0, left_inside = 0;  // channels of this tap still to come, from the thread's own first one; 0 outside the picture
   auto enter_tap = [&] {
     const Step step(mask, tap, sign);
-    inside = owns && step.inside(x, pixel);
+    left = int(x.channels) - own * Math::kPack;
+    left_inside = owns && step.inside(x, pixel) ? left : 0;
     at = pixel.base + step.offset(x) + own * Math::kPack * x.stride_c;
   };
   typename Math::Word brought[kItems];
   auto bring = [&](int stage) {
+    i64 from = at;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
+    for (int i = 0; i < kItems; ++i, from += (kStride - 1) * Math::kPack * x.stride_c) {
       typename Math::Value value[Math::kPack];
 #pragma unroll
-      for (int j = 0; j < Math::kPack; ++j) {
-        const int away = i * kStride * Math::kPack + j;
-        value[j] = inside && channel + away < x.channels ? Math::load(x.data, at + away * x.stride_c) : typename Math::Value(0);
-      }
+      for (int j = 0; j < Math::kPack; ++j, from += x.stride_c)
+        value[j] = i * kStride * Math::kPack + j < left_inside ? Math::load(x.data, from) : typename Math::Value(0);
       brought[i] = Math::word(value);
     }
 #pragma unroll
@@ -179,10 +179,9 @@ __global__ void __launch_bounds__(kConvThreads, 2) masked_conv_kernel(Images x, 
       copy_async16(&tiles.w[stage][word / kConvTile][word % kConvTile], from_w + i * kConvThreads * 4, 16);
     }
     copy_commit();
-    from_w += Math::kDepth * kConvTile, channel += Math::kDepth * Math::kPack, at += Math::kDepth * Math::kPack * x.stride_c;
-    if (channel - own * Math::kPack < x.channels) return;
-    channel = own * Math::kPack, ++tap;
-    enter_tap();
+    constexpr int kTerms = Math::kDepth * Math::kPack;
+    from_w += Math::kDepth * kConvTile, at += kTerms * x.stride_c, left -= kTerms, left_inside -= kTerms;
+    if (left + own * Math::kPack <= 0) ++tap, enter_tap();
   };
   auto land = [&](int stage) {
 #pragma unroll
