@@ -164,6 +164,42 @@ def test_a_project_changes_its_import_only():
     assert torch.equal(model.eval()(x)[0], other.eval()(x)[0])
 
 
+EMPTY = {
+    "default": (lambda: VectorQuantize(8, 16), (2, 0, 8)),
+    "no batch": (lambda: VectorQuantize(8, 16), (0, 5, 8)),
+    "single tokens": (lambda: VectorQuantize(8, 16), (0, 8)),
+    "image, heads": (lambda: VectorQuantize(8, 16, accept_image_fmap=True, heads=2, codebook_dim=4), (2, 8, 0, 4)),
+    "dead codes": (lambda: VectorQuantize(8, 16, threshold_ema_dead_code=2), (2, 0, 8)),
+    "k-means": (lambda: VectorQuantize(8, 16, kmeans_init=True), (2, 0, 8)),
+    "affine": (lambda: VectorQuantize(8, 16, affine_param=True), (2, 0, 8)),
+    "stochastic": (lambda: VectorQuantize(8, 16, stochastic_sample_codes=True), (2, 0, 8)),
+    "cross entropy": (lambda: VectorQuantize(8, 16, commitment_use_cross_entropy_loss=True), (2, 0, 8)),
+    "diversity": (lambda: VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0), (2, 0, 8)),
+    "orthogonal": (lambda: VectorQuantize(8, 16, orthogonal_reg_weight=1.0, orthogonal_reg_active_codes_only=True), (2, 0, 8)),
+    "residual": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, shared_codebook=True), (2, 0, 8)),
+    "beams": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, beam_size=2), (2, 0, 8)),
+    "implicit": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, implicit_neural_codebook=True), (2, 0, 8)),
+    "grouped": (lambda: GroupedResidualVQ(dim=8, groups=2, codebook_size=16, num_quantizers=2), (2, 0, 8)),
+    "sim": (lambda: SimVQ(8, 16), (2, 0, 8)),
+    "lookup-free": (lambda: LFQ(dim=4), (2, 0, 4)),
+    "residual lookup-free": (lambda: ResidualLFQ(dim=8, codebook_size=16, num_quantizers=3), (2, 0, 8)),
+    "latent": (lambda: LatentQuantize([5, 5], dim=2), (2, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", EMPTY)
+def test_no_rows_at_all(case, train):
+    make, shape = EMPTY[case]
+    layer = make().train(train)
+    x = torch.randn(shape, requires_grad=True)
+    quantized, indices, loss = layer(x)
+    assert quantized.shape == shape and indices.numel() == 0 and (loss == 0).all()
+    if train:
+        (quantized.sum() + loss.sum()).backward()
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+
 # ---- transforms of torch -----------------------------------------------------------------------------------------------------
 
 COMPILED = {

@@ -128,9 +128,11 @@ def diversity(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> 
 def orthogonality(codes: Tensor) -> Tensor:
     """Mean squared cosine between codes, less 1 / K; eq. 2 of Shin et al. 2021 (arXiv 2112.00384). codes [C, K, D] -> [].
 
-    |E E'|^2 = |E' E|^2 in the Frobenius norm, so the smaller of the two products is formed.
+    |E E'|^2 = |E' E|^2 in the Frobenius norm, so the smaller of the two products is formed. 0 without codes.
     """
     c, k, d = codes.shape
+    if k == 0:
+        return codes.sum()
     unit = l2norm(codes)
     gram = unit.mT @ unit if d < k else unit @ unit.mT
-    return gram.square().sum() / (c * k**2) - 1 / k
+    return (gram.square().sum() / (c * k) - 1) / k

@@ -116,8 +116,9 @@ class LatentQuantize(nn.Module):
         indices = self.codes_to_indices(codes.detach())
         out = _layout.channels_back(self.project_out(codes.flatten(-2)), z, True)
         loss = z.new_zeros(())
-        if self.training and self.commitment_loss_weight:
+        learns = self.training and z.numel() > 0
+        if learns and self.commitment_loss_weight:
             loss = loss + self.commitment_loss_weight * self.commitment_loss(z, out)
-        if self.training and self.quantization_loss_weight:
+        if learns and self.quantization_loss_weight:
             loss = loss + self.quantization_loss_weight * self.quantization_loss(z, out)
         return out, indices if self.keep_num_codebooks_dim else indices[..., 0], loss

@@ -333,10 +333,8 @@ class ResidualVQ(Residual):
                 beams = beams.take(beams.scores.topk(kept, dim=-1).indices)
         best = _Beams(*(t.select(inner.dim() - 1, 0) for t in beams))
         found, inputs, mask = list(best.indices.unbind(-1)), list(best.inputs.unbind(-2)), call["mask"]
-        if mask is None:
-            losses = best.losses.flatten(0, -2).mean(0)
-        else:
-            losses = torch.where(mask[..., None], best.losses, 0).flatten(0, -2).sum(0) / mask.sum().clamp(min=1)
+        valid = torch.ones(inner.shape[:-1], dtype=torch.bool, device=inner.device) if mask is None else mask
+        losses = torch.where(valid[..., None], best.losses, 0).flatten(0, -2).sum(0) / valid.sum().clamp(min=1)
         freeze = call["freeze_codebook"]
         if self.training and not (self.layers[0].freeze_codebook if freeze is None else freeze):
             for layer, own, index in zip(self.layers, inputs, found, strict=False):  # dropout may have left levels out
