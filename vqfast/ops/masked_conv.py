@@ -217,7 +217,8 @@ def masked_conv2d(
 
     Gradient: to x, weight and bias, and once more to these; a masked weight's is zero.
     Numerics: the cpu backend sums each output in one float32 chain of fused multiply-adds over (tap, channel)
-    ascending; triton in blocks of channels, in float32 without TF32.
+    ascending, and so does cuda (half precision on tensor cores); triton in blocks of channels, in float32 without
+    TF32.
     Source: van den Oord et al. 2016 (1601.06759, section 3; 1606.05328, section 2.3).
     """
     _check(x, weight, bias, mask, dilation, maps)
