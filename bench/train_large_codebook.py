@@ -255,7 +255,7 @@ def plot(result: dict, file: Path) -> None:
         for run in (run for run in result["runs"] if run["rows"] == rows and "loss" in run):
             spent = torch.tensor(run["cpu"]).cumsum(0)
             panel.semilogx(spent[WINDOW - 1 :], smooth(run["loss"])[WINDOW - 1 :], color=colours[run["method"]], label=run["method"])
-        panel.set(title=f"{rows:,} rows a step", xlabel="processor seconds, one thread")
+        panel.set(title=f"{rows:,} rows a step", xlabel=f"processor seconds, threads: {result['machine']['threads']}")
         panel.grid(True, which="major", alpha=0.3)
     panels[0][0].set_ylabel(f"training loss, mean of {WINDOW} steps")
     panels[0][0].legend(frameon=False)
