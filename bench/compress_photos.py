@@ -2,7 +2,7 @@
 
     vqfast data photos FOLDER
     python bench/compress_photos.py --split FOLDER runs/photos                     train and test: links, every 11th held out
-    vqfast train ... --out runs/model;  vqfast train-prior runs/model --out runs/prior
+    vqfast train ... --set data.resize=360 --out runs/model;  vqfast train-prior runs/model --out runs/prior
     python bench/compress_photos.py runs/photos/test runs/model runs/prior [MODEL PRIOR ...]
     python bench/compress_photos.py --render docs/results/compression_<date>.json
 
@@ -28,7 +28,9 @@ from vqfast.train.config import config_from, read_json
 from vqfast.train.evaluate import evaluate
 from vqfast.train.priors import find_priors, level_folder
 from vqfast.train.runs import last_metrics
+from vqfast.train.sources import SOURCES
 
+RESIZE = 360  # shorter side of the photographs, pixels
 MEASURES = ("mse", "psnr", "ssim", "lpips")
 
 
@@ -43,7 +45,7 @@ def split(source: Path, out: Path) -> None:
 def measure(model_path: str, prior_path: str, folder: Path) -> dict:
     model, prior, settings = find_priors(model_path, prior_path)
     config = config_from(read_json(Path(model_path) / "config.json"))
-    pictures = PictureFolder(folder, resize=config.data.resize or None)
+    pictures = PictureFolder(folder, resize=RESIZE)
     items = [pictures[i] for i in range(len(pictures))]
     found = evaluate(model, items, likelihood=False, perceptual=True, prior=prior)
     levels = range(len(settings["shapes"]))
@@ -51,6 +53,7 @@ def measure(model_path: str, prior_path: str, folder: Path) -> dict:
     seconds += [last_metrics(level_folder(Path(prior_path), level))["seconds"] for level in levels]
     return {
         "model": {"kind": config.kind, **dataclasses.asdict(config.model)},
+        "trained on": config.data.source if config.data.source in SOURCES else "the other photographs",
         "size": list(items[0].shape[1:]),
         "raw bits per pixel": model.bits_per_pixel(),
         "training steps": [last_metrics(Path(model_path))["step"]]
@@ -64,7 +67,9 @@ def measure(model_path: str, prior_path: str, folder: Path) -> dict:
 
 HOW = """\
 `python bench/compress_photos.py` on {count} photographs that training never saw ({height} x {width} pixels, Debian's
-endless-sky-high-dpi scaled to a shorter side of {height}). {cpu}, torch {torch}, commit {commit}, {date}. Figures in [{file}]({file}).
+endless-sky-high-dpi scaled to a shorter side of {height}). {cpu}, torch {torch}, commit {commit}, {date}. Figures in
+[{file}]({file}). Minutes of training are by the clock, on one thread.
+
 Means over pictures. Bytes of a codec are its whole file's; ours are the record in a compressed file; model and prior stand
 at both ends, as a codec does. Every codec stands at the quality whose mean file comes nearest to ours.
 """
@@ -87,7 +92,7 @@ def section(entry: dict) -> str:
     minutes = [f"{seconds / 60:.0f}" for seconds in entry["training seconds"]]
     title = f"## {bpp:.3f} bits per pixel: {model['kind']}, codes of {2 ** model['stages']}x{2 ** model['stages']} pixels"
     trained = (
-        f"Trained for {entry['training steps'][0]:,} steps ({minutes[0]} minutes of one thread), its prior for "
+        f"Trained on {entry['trained on']} for {entry['training steps'][0]:,} steps ({minutes[0]} minutes), its prior for "
         f"{entry['training steps'][1]:,} a level ({' and '.join(minutes[1:])} minutes). Without the prior the codes would take "
         f"{entry['raw bits per pixel']:.3f} bits per pixel."
     )

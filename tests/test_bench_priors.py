@@ -77,6 +77,7 @@ def test_the_compression_page_says_where_the_codes_lose(bench_folder, tmp_path):
     ]
     entry = {
         "model": {"kind": "vqvae", "stages": 3}, "size": [360, 720], "pictures": 7, "raw bits per pixel": 0.15625,
+        "trained on": "cifar10",
         "training steps": [1000, 400], "training seconds": [600.0, 120.0], "bits_per_pixel": 0.12, "token_bytes": 999.0,
         "codecs": codecs, "notes": [], **ours,
     }  # fmt: skip
@@ -85,7 +86,7 @@ def test_the_compression_page_says_where_the_codes_lose(bench_folder, tmp_path):
     page = (tmp_path / "compression.md").read_text()
     assert "better than JPEG in MSE, PSNR, SSIM, LPIPS." in page and "cannot go lower" in page
     assert "better than WebP in SSIM; worse in MSE, PSNR, LPIPS." in page
-    assert "0.120 bits per pixel" in page and "0.156 bits per pixel" in page and "7 photographs" in page
+    assert "0.120 bits per pixel" in page and "0.156 bits per pixel" in page and "7 photographs" in page and "on cifar10" in page
 
 
 def test_photographs_are_split_once_and_for_all(bench_folder, tmp_path):
