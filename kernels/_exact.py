@@ -62,3 +62,22 @@ def _distance(score, rows, row_stride, D, METRIC: tl.constexpr, BLOCK: tl.conste
             rows += row_stride
         distance = tl.where(norm > 0.0, 1.0 + score / tl.sqrt(tl.where(norm > 0.0, norm, 1.0)), 1.0)
     return tl.where(score < float("inf"), distance, float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _settle_first(pointers, stride_d, codes, stride_k, code_stride_d, K, D, first, METRIC: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Score and index of one candidate per row, by the contract's formula."""
+    index = tl.minimum(first, K - 1).to(tl.int64)
+    return _pair_score(pointers, stride_d, codes + index * stride_k, code_stride_d, D, METRIC, BLOCK_N), index
+
+
+@triton.jit
+def _settle_rival(score, index, pointers, stride_d, codes, stride_k, code_stride_d, K, D, other, two, METRIC: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
+    """Score and index of the nearer of (score, index) and, in rows that have `two` candidates, the other one; ties to the lower index."""
+    rival = tl.minimum(other, K - 1).to(tl.int64)
+    rival_score = tl.full([BLOCK_N], float("inf"), tl.float64)
+    if tl.max(two.to(tl.int32), 0) > 0:  # hands on one vector as it was loaded: Triton 3.7 cannot translate more for AMD
+        rival_score = _pair_score(pointers, stride_d, codes + rival * stride_k, code_stride_d, D, METRIC, BLOCK_N)
+    wins = two & ((rival_score < score) | ((rival_score == score) & (rival < index)))
+    return tl.where(wins, rival_score, score), tl.where(wins, rival, index)

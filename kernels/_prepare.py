@@ -238,21 +238,28 @@ def _row_scale(largest, METRIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "first", "rows"])
 def _rows_kernel(
-    x, stride_b, stride_g, stride_n, stride_d, N, D, first, rows,
+    x, stride_b, stride_g, stride_n, stride_d, N, D, first, rows, chosen, ready,
     centre, unit,
     half, row_width, row_scale, half_row, accumulate,
-    METRIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    METRIC: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Round BLOCK rows of one group to float16: reads x twice (the second time from cache), writes 2 P bytes a row.
 
     Row r of this launch is row first + r of the group's B * N. row_width = X, inf for a row that no screen takes (too large), NaN for
-    one that is not finite.
+    one that is not finite. LISTED: row r is row first + chosen[g, r], and there are ready[g] of them.
     """
     g = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = r < rows
-    b = (first + r) // N
-    pointers = x + b * stride_b + g * stride_g + (first + r - b * N) * stride_n
+    place = r
+    if LISTED:
+        count = tl.load(ready + g)
+        if tl.program_id(0).to(tl.int64) * BLOCK >= count:
+            return
+        valid = r < count
+        place = tl.load(chosen + g * rows + r, mask=valid, other=0).to(tl.int64)
+    b = (first + place) // N
+    pointers = x + b * stride_b + g * stride_g + (first + place - b * N) * stride_n
     scale = tl.load(unit + g) if METRIC == L2 else 1.0
     mu = centre + g * D
     largest = tl.zeros([BLOCK], tl.float32)

@@ -54,22 +54,44 @@ def _merge_two(best, first, second, other, third, a, a_code, b, b_code, c):
     return tl.minimum(a, best), low_code, middle, middle_code, third
 
 
+@triton.jit
+def _load_triples(bounds, codes, at, size, splits):
+    """The triple of rows `at`, merged over the splits of the codes."""
+    best = tl.load(bounds + at)
+    second = tl.load(bounds + at + size)
+    third = tl.load(bounds + at + 2 * size)
+    first = tl.load(codes + at)
+    other = tl.load(codes + at + size)
+    for split in range(1, splits):
+        bounds += 3 * size
+        codes += 2 * size
+        best, first, second, other, third = _merge_two(
+            best, first, second, other, third,
+            tl.load(bounds + at), tl.load(codes + at), tl.load(bounds + at + size), tl.load(codes + at + size),
+            tl.load(bounds + at + 2 * size),
+        )  # fmt: skip
+    return best, first, second, other, third
+
+
 @triton.jit(do_not_specialize=["rows", "tiles_per_split"])
 def _screen_kernel(
-    half_x, row_width, row_scale, rows,
+    half_x, row_width, row_scale, rows, ready,
     half_c, offset, width, padded, half_row,
     bounds, codes, tiles_per_split,
-    WHOLE_ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    LISTED: tl.constexpr, WHOLE_ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Float16 products, float32 accumulation: one program owns BLOCK_N rows and `tiles_per_split` tiles of BLOCK_K codes.
 
     bounds [S, 3, G, rows] float32 and codes [S, 2, G, rows] int32 receive the triples, S the number of splits of the codes.
     Bytes per row tile: P BLOCK_N once (WHOLE_ROW, the tile then stays on chip) plus 2 P per code, from L2. Per score: P
-    multiply-adds on tensor cores, 2 FMA, 1 LOP3, 3 min or max.
+    multiply-adds on tensor cores, 2 FMA, 1 LOP3, 3 min or max. LISTED: only the first ready[g] rows are there.
     """
     tile = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     g = tl.program_id(2).to(tl.int64)
+    if LISTED:
+        if tile * BLOCK_N >= tl.load(ready + g):
+            return
     r = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = g * rows + tl.minimum(r, rows - 1)
     ds = tl.arange(0, BLOCK_D)

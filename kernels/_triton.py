@@ -36,6 +36,11 @@ def shared_memory(tensor: torch.Tensor) -> int:
     return _cuda_facts(tensor.device.index or 0)[1] if tensor.is_cuda else 227 * 1024
 
 
+def warps(threads: int) -> int:
+    """Warps (wavefronts) of a program of so many threads."""
+    return threads // (64 if torch.version.hip else 32)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -2,6 +2,7 @@
 
     rows, codes --prepare--> float16 copies, bounds --screen--> two candidates and a third bound per row --settle--> code, distance
                                                                       rows that stay open, a list --resolve--> code, distance
+    before it, for 128 components and more and many scores: the same in 63 principal directions (_principal.py); the above for its list
 
 1. prepare (_prepare.py): centre and scale; O(N D + K D).
 2. screen (_screen.py): every pair once on tensor cores. Rows of fewer than 16 components skip it: resolve takes them all.
@@ -11,7 +12,8 @@
    tighter, and where even that leaves three codes (real ties, rows far outside the codebook) the formula for every code.
 
 Every row's answer is the contract's, so neither the order of the list nor tile sizes, splits or hints can be seen in the result.
-Extra memory: 6 bytes per code element, and per row of a launch of at most 2^20 rows 2 D + 36 bytes.
+Extra memory: 6 bytes per code element, and per row of a launch of at most 2^20 rows 2 D + 40 bytes;
+with principal directions 132 more bytes per code.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tuning
-from ._exact import COSINE, DOT, L2, _distance, _pair_score, _score
+from . import _principal, _tuning
+from ._exact import L2, _distance, _score, _settle_first, _settle_rival
 from ._prepare import _centre_kernel, _codes_kernel, _duplicates_kernel, _rows_kernel
-from ._screen import _merge_two, _screen_kernel, _screen_rows_single
+from ._screen import _load_triples, _screen_kernel, _screen_rows_single
 from ._triton import cdiv, on_device, power_of_two, processors, shared_memory
 
 ROWS_PER_LAUNCH = 1 << 20
@@ -45,77 +47,54 @@ def _certify(best, first, second, third, x_width, x_scale, width, slack, padded,
     return third > limit, second <= limit
 
 
-@triton.jit
-def _settle_first(pointers, stride_d, codes, stride_k, code_stride_d, K, D, first, METRIC: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Score and index of one candidate per row, by the contract's formula."""
-    index = tl.minimum(first, K - 1).to(tl.int64)
-    return _pair_score(pointers, stride_d, codes + index * stride_k, code_stride_d, D, METRIC, BLOCK_N), index
-
-
-@triton.jit
-def _settle_rival(score, index, pointers, stride_d, codes, stride_k, code_stride_d, K, D, other, two, METRIC: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
-    """Score and index of the nearer of (score, index) and, in rows that have `two` candidates, the other one; ties to the lower index."""
-    rival = tl.minimum(other, K - 1).to(tl.int64)
-    rival_score = _pair_score(pointers, stride_d, codes + rival * stride_k, code_stride_d, D, METRIC, BLOCK_N)
-    wins = two & ((rival_score < score) | ((rival_score == score) & (rival < index)))
-    return tl.where(wins, rival_score, score), tl.where(wins, rival, index)
-
-
 @triton.jit(do_not_specialize=["N", "first_row", "rows", "splits"])
 def _settle_kernel(
-    x, stride_b, stride_g, stride_n, stride_d, N, D, first_row, rows,
+    x, stride_b, stride_g, stride_n, stride_d, N, D, first_row, rows, chosen, ready,
     codebook, code_stride_g, code_stride_k, code_stride_d, K,
     row_width, row_scale, width, slack, padded, evaluate,
     bounds, codes, splits,
     distance, indices, todo, todo_count,
-    METRIC: tl.constexpr, BLOCK_N: tl.constexpr,
+    METRIC: tl.constexpr, LISTED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N rows, one lane a row: merge the splits, certify, evaluate one or two codes, list what stays open."""
     g = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = r < rows
+    place = r
+    if LISTED:
+        count = tl.load(ready + g)
+        if tl.program_id(0).to(tl.int64) * BLOCK_N >= count:
+            return
+        valid = r < count
+        place = tl.load(chosen + g * rows + r, mask=valid, other=0).to(tl.int64)
     at = g * rows + tl.minimum(r, rows - 1)
     size = tl.num_programs(1).to(tl.int64) * rows
-    best = tl.load(bounds + at)
-    second = tl.load(bounds + at + size)
-    third = tl.load(bounds + at + 2 * size)
-    first = tl.load(codes + at)
-    other = tl.load(codes + at + size)
-    for split in range(1, splits):
-        bounds += 3 * size
-        codes += 2 * size
-        best, first, second, other, third = _merge_two(
-            best, first, second, other, third,
-            tl.load(bounds + at), tl.load(codes + at), tl.load(bounds + at + size), tl.load(codes + at + size),
-            tl.load(bounds + at + 2 * size),
-        )  # fmt: skip
+    best, first, second, other, third = _load_triples(bounds, codes, at, size, splits)
     x_width = tl.load(row_width + at)
     certified, two = _certify(
         best, first, second, third, x_width, tl.load(row_scale + at), width + g * padded, slack + g * padded, padded, evaluate
     )
     bad = x_width != x_width
-    flat = first_row + tl.minimum(r, rows - 1)
+    flat = first_row + tl.minimum(place, rows - 1)
     b = flat // N
     n = flat - b * N
     pointers = x + b * stride_b + g * stride_g + n * stride_n
     codebook += g * code_stride_g
     two = two & certified
     score, index = _settle_first(pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, first, METRIC, BLOCK_N)
-    if tl.max(two.to(tl.int32), 0) > 0:
-        score, index = _settle_rival(
-            score, index, pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, other, two, METRIC, BLOCK_N
-        )
+    score, index = _settle_rival(
+        score, index, pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, other, two, METRIC, BLOCK_N
+    )
     result = _distance(score, pointers, stride_d, D, METRIC, BLOCK_N)
     out = (b * tl.num_programs(1) + g) * N + n
     tl.store(distance + out, tl.where(bad, float("nan"), result), mask=valid & (certified | bad))
     tl.store(indices + out, tl.where(bad, 0, index), mask=valid & (certified | bad))
     open_rows = (valid & ~certified & ~bad).to(tl.int32)
-    count = tl.sum(open_rows, 0)
-    if count > 0:
+    listed = tl.sum(open_rows, 0)
+    if listed > 0:
         # The order of the list depends on timing; what is computed for a row does not depend on its place in it.
-        place = tl.atomic_add(todo_count + g, count) + tl.cumsum(open_rows, 0) - 1
-        tl.store(todo + g * rows + place, r.to(tl.int32), mask=open_rows > 0)
+        position = tl.atomic_add(todo_count + g, listed) + tl.cumsum(open_rows, 0) - 1
+        tl.store(todo + g * rows + position, place.to(tl.int32), mask=open_rows > 0)
 
 
 @triton.jit
@@ -183,7 +162,6 @@ def _resolve_kernel(
         )
         bad = x_width != x_width
         score, index = _settle_first(pointers, stride_d, codes, code_stride_k, code_stride_d, K, D, first, METRIC, BLOCK_N)
-        # Always: most rows of the list have two candidates. (And Triton 3.7 cannot translate a branch with this result for AMD.)
         score, index = _settle_rival(
             score, index, pointers, stride_d, codes, code_stride_k, code_stride_d, K, D, other, two & certified, METRIC, BLOCK_N
         )
@@ -260,8 +238,15 @@ def _prepare_codes(codebook: Tensor, metric: int, row: int, half: bool) -> _Code
     return codes
 
 
-def _screen_half(x, rows_of_x, codes: _Codes, metric: int, config: dict):
-    """Launch rows and screen on one slab of rows; returns what settle reads."""
+class _Listed(NamedTuple):
+    """Rows of a slab that are left, on the device."""
+
+    rows: Tensor  # [G, rows] int32
+    count: Tensor  # [G] int32
+
+
+def _screen_half(x, rows_of_x, codes: _Codes, metric: int, config: dict, listed: _Listed | None):
+    """Launch rows and screen on one slab of rows, or on those listed of it; returns what settle reads."""
     first, rows = rows_of_x
     groups, n, d = x.shape[1:]
     empty = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
@@ -269,21 +254,30 @@ def _screen_half(x, rows_of_x, codes: _Codes, metric: int, config: dict):
     # Two allocations: halves of one would differ in alignment from one N to the next, and Triton compiles per alignment.
     row_width, row_scale = empty(torch.float32, groups, rows), empty(torch.float32, groups, rows)
     _rows_kernel[(cdiv(rows, _tuning.ROWS["BLOCK"]), groups)](
-        x, *x.stride(), n, d, first, rows, codes.centre, codes.unit, half, row_width, row_scale, codes.row,
-        accumulation_error(codes.row), METRIC=metric, **_tuning.ROWS,
+        x, *x.stride(), n, d, first, rows, *(listed or (half, half)), codes.centre, codes.unit, half, row_width, row_scale, codes.row,
+        accumulation_error(codes.row), METRIC=metric, LISTED=listed is not None, **_tuning.ROWS,
     )  # fmt: skip
+    found = _launch_screen((half, row_width, row_scale), codes.half, codes.width_half, codes, config, listed and listed.count)
+    return row_width, row_scale, *found
+
+
+def _launch_screen(reduced_or_whole, half_codes: Tensor, width: Tensor, codes: _Codes, config: dict, ready: Tensor | None):
+    """-> bounds [S, 3, G, rows], codes [S, 2, G, rows] and S."""
+    half, row_width, row_scale = reduced_or_whole
+    groups, rows, row = half.shape
+    empty = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=half.device)  # noqa: E731
     tiles, code_tiles = cdiv(rows, config["BLOCK_N"]), codes.padded // config["BLOCK_K"]
     # Few rows: several programs share a row tile's codes, so that two waves of the machine have work.
-    splits = max(1, min(code_tiles, 2 * processors(x) // (tiles * groups)))
+    splits = max(1, min(code_tiles, 2 * processors(half) // (tiles * groups)))
     per_split = cdiv(code_tiles, splits)
     splits = cdiv(code_tiles, per_split)
     bounds = empty(torch.float32, splits, 3, groups, rows)
     found = empty(torch.int32, splits, 2, groups, rows)
     _screen_kernel[(tiles, splits, groups)](
-        half, row_width, row_scale, rows, codes.half, codes.offset, codes.width_half, codes.padded, codes.row, bounds, found,
-        per_split, **config,
+        half, row_width, row_scale, rows, row_scale if ready is None else ready, half_codes, codes.offset, width, codes.padded, row,
+        bounds, found, per_split, LISTED=ready is not None, **config,
     )  # fmt: skip
-    return row_width, row_scale, bounds, found, splits
+    return bounds, found, splits
 
 
 def nearest_triton(
@@ -302,31 +296,102 @@ def nearest_triton(
         config = _tuning.screen(d, shared_memory(x))
         codes = _prepare_codes(codebook, metric, config.row, config.half)
         slab = max(1, ROWS_PER_LAUNCH // g)
+        reduced = _reduce_codes(codes, codebook.shape[1], d) if _worth_reducing(d, codes.padded, min(slab, b * n)) else None
         for first in range(0, b * n, slab):
-            _search((first, min(slab, b * n - first)), x, codebook, codes, metric, config, distance, indices)
+            _search((first, min(slab, b * n - first)), x, codebook, codes, metric, config, distance, indices, reduced)
     return distance, indices
 
 
-def _search(rows_of_x, x, codebook, codes: _Codes, metric: int, config, distance: Tensor, indices: Tensor) -> Tensor:
-    """Search one slab of rows; returns how many rows of each group the screen left open, [G] int32."""
+def _search(
+    rows_of_x, x, codebook, codes: _Codes, metric: int, config, distance: Tensor, indices: Tensor, reduced: _Reduced | None = None
+) -> Tensor:
+    """Search one slab of rows, in principal directions first where they are given; returns how many rows of each group the screen of
+    whole rows left open, [G] int32."""
     first, rows = rows_of_x
     g, n, d = x.shape[1:]
     k = codebook.shape[1]
-    inputs = (x, *x.stride(), n, d, first, rows, codebook, *codebook.stride(), k)
+    where = (x, *x.stride(), n, d, first, rows)
+    codes_in = (codebook, *codebook.stride(), k)
+    listed = None if reduced is None else _search_reduced(rows_of_x, x, codebook, codes, reduced, metric, distance, indices)
     evaluate = evaluation_error(d) if metric == L2.value else 0.0
     todo_count = torch.zeros(g, dtype=torch.int32, device=x.device)
     todo = torch.empty((g, rows if config.half else 0), dtype=torch.int32, device=x.device)
     if config.half:
-        row_width, row_scale, bounds, found, splits = _screen_half(x, rows_of_x, codes, metric, config.kernel)
+        row_width, row_scale, bounds, found, splits = _screen_half(x, rows_of_x, codes, metric, config.kernel, listed)
         _settle_kernel[(cdiv(rows, _tuning.SETTLE["BLOCK_N"]), g)](
-            *inputs, row_width, row_scale, codes.width_half, codes.slack, codes.padded, evaluate, bounds, found, splits,
-            distance, indices, todo, todo_count, METRIC=metric, **_tuning.SETTLE, enable_fp_fusion=False,
+            *where, *(listed or (todo, todo)), *codes_in, row_width, row_scale, codes.width_half, codes.slack, codes.padded, evaluate,
+            bounds, found, splits, distance, indices, todo, todo_count, METRIC=metric, LISTED=listed is not None, **_tuning.SETTLE, enable_fp_fusion=False,
         )  # fmt: skip
     tile = _tuning.resolve(config.row)
     programs = min(cdiv(rows, tile["BLOCK_N"]), _tuning.RESOLVE_WAVES * processors(x))
     _resolve_kernel[(programs, g)](
-        *inputs, codes.centre, codes.unit, codes.single, codes.offset, codes.width_single, codes.slack, codes.padded, codes.row,
+        *where, *codes_in, codes.centre, codes.unit, codes.single, codes.offset, codes.width_single, codes.slack, codes.padded, codes.row,
         accumulation_error(codes.row), evaluate, distance, indices, todo, todo_count, METRIC=metric, LISTED=config.half, **tile,
         enable_fp_fusion=False,
     )  # fmt: skip
     return todo_count
+
+
+# ---- principal directions --------------------------------------------------------------------------------------------------
+
+
+class _Reduced(NamedTuple):
+    """A codebook in principal directions (_principal.py)."""
+
+    directions: _principal.Directions
+    half: Tensor  # [G, Kp, 64] float16
+    width: Tensor  # [G, Kp] float32
+
+
+def _worth_reducing(dim: int, codes: int, rows: int) -> bool:
+    """By the number of scores: below this the pilot and the directions cost more than they can save."""
+    return _tuning.REDUCED_DIM <= dim <= _principal.MOST_DIM and rows >= 4 * _tuning.PILOT and rows * codes >= _tuning.REDUCED_SCORES
+
+
+def _reduce_codes(codes: _Codes, codebook_size: int, dim: int) -> _Reduced:
+    g, padded, row = codes.single.shape
+    columns = _principal.ROW
+    directions = _principal.directions(codes.single, codebook_size, dim)
+    half = torch.empty((g, padded, columns), dtype=torch.float16, device=codes.single.device)
+    width = torch.empty((g, padded), dtype=torch.float32, device=codes.single.device)
+    tile = _tuning.REDUCE
+    _principal._reduce_codes_kernel[(padded // tile["BLOCK"], g)](
+        codes.single, codes.width_single, *directions[:2], half, width, padded, row, dim, accumulation_error(columns),
+        COLUMNS=columns, **tile,
+    )  # fmt: skip
+    return _Reduced(directions, half, width)
+
+
+def _search_reduced(rows_of_x, x, codebook, codes: _Codes, reduced: _Reduced, metric: int, distance: Tensor, indices: Tensor) -> _Listed:
+    """Write the answers that the principal-direction screen certifies and list the other rows; all of them after a bad pilot.
+
+    The pilot is the same screen on rows spread over the slab. Its count stays on the device, where it decides.
+    """
+    first, rows = rows_of_x
+    g, n, d = x.shape[1:]
+    empty = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
+    evaluate = evaluation_error(d) if metric == L2.value else 0.0
+    config = _tuning.screen(_principal.ROW, shared_memory(x)).kernel
+
+    def screen(count: int, chosen: Tensor | None, ready: Tensor) -> _Listed:
+        half = empty(torch.float16, g, count, _principal.ROW)
+        row_width, row_scale, row_factor = (empty(torch.float32, g, count) for _ in range(3))
+        where = (x, *x.stride(), n, d, first, count, half if chosen is None else chosen, ready)
+        tile = _tuning.REDUCE
+        _principal._reduce_rows_kernel[(cdiv(count, tile["BLOCK"]), g)](
+            *where, codes.centre, codes.unit, *reduced.directions, half, row_width, row_scale, row_factor,
+            accumulation_error(_principal.ROW), METRIC=metric, CHOSEN=chosen is not None, COLUMNS=_principal.ROW, **tile,
+        )  # fmt: skip
+        bounds, found, splits = _launch_screen((half, row_width, row_scale), reduced.half, reduced.width, codes, config, ready)
+        left = _Listed(empty(torch.int32, g, count), torch.zeros(g, dtype=torch.int32, device=x.device))
+        _principal._settle_reduced_kernel[(cdiv(count, _tuning.SETTLE["BLOCK_N"]), g)](
+            *where, codebook, *codebook.stride(), codebook.shape[1], codes.centre, codes.unit, codes.single, codes.offset, codes.slack,
+            codes.width_single, codes.padded, codes.row, row_width, row_scale, row_factor, evaluate, bounds, found, splits,
+            distance, indices, *left, METRIC=metric, CHOSEN=chosen is not None, **_tuning.SETTLE, enable_fp_fusion=False,
+        )  # fmt: skip
+        return left
+
+    pilot = _tuning.PILOT
+    spread = (torch.arange(pilot, device=x.device) * rows // pilot).to(torch.int32)
+    tried = screen(pilot, spread, torch.full((g,), pilot, dtype=torch.int32, device=x.device))
+    return screen(rows, None, torch.where(tried.count <= pilot // _tuning.PILOT_SHARE, rows, 0).to(torch.int32))

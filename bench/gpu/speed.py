@@ -167,7 +167,7 @@ def training_step(on_gpu: bool, deadline: float) -> dict:
 
 
 def certificates(on_gpu: bool, deadline: float) -> dict:
-    """Share of rows that the Triton screen leaves open, by data: a count, not a time."""
+    """Share of rows that the Triton screens leave open, whole rows and principal directions, by data: a count, not a time."""
     if "triton" not in backends(on_gpu):
         return skipped("Triton cannot run here")
     from vqfast.kernels import nearest as module
@@ -175,7 +175,9 @@ def certificates(on_gpu: bool, deadline: float) -> dict:
 
     n = 100_000 if on_gpu else 200
     rows = []
-    for label, offset, k, dim in (("encoder-like", 0.0, 1024, 64), ("offset 1000", 1000.0, 1024, 64), ("encoder-like", 0.0, 8192, 128)):
+    data = [("encoder-like", 0.0, 1024, 64), ("offset 1000", 1000.0, 1024, 64)]
+    data += [("encoder-like", 0.0, 8192, dim) for dim in (128, 256)]
+    for label, offset, k, dim in data if on_gpu else data[:3]:
         k = k if on_gpu else k // 8
         x, codebook = encoder_rows(n, k, dim, seed=9, on_gpu=on_gpu)
         x, codebook = (x + offset)[None, None], (codebook + offset)[None]
@@ -185,4 +187,8 @@ def certificates(on_gpu: bool, deadline: float) -> dict:
         indices = torch.empty(x.shape[:3], dtype=torch.int64, device=x.device)
         left = int(module._search((0, n), x, codebook, codes, 0, config, distance, indices).sum())
         rows.append({"data": label, "K": k, "D": dim, "rows": n, "open": left, "share": round(left / n, 5)})
+        if dim >= module._tuning.REDUCED_DIM:
+            reduced = module._reduce_codes(codes, k, dim)
+            left = int(module._search_reduced((0, n), x, codebook, codes, reduced, 0, distance, indices).count.sum())
+            rows.append({"data": f"{label}, directions", "K": k, "D": dim, "rows": n, "open": left, "share": round(left / n, 5)})
     return {"rows": rows}

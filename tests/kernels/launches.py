@@ -2,7 +2,7 @@
 
 import torch
 
-from vqfast.kernels import ema, gather, masked_conv, nearest, quantize, residual
+from vqfast.kernels import _tuning, ema, gather, masked_conv, nearest, quantize, residual
 
 
 def rows(dim: int, dtype=torch.float32, n: int = 512) -> torch.Tensor:
@@ -15,6 +15,17 @@ def codes(dim: int, dtype=torch.float32) -> torch.Tensor:
 
 def search(dim: int, metric: int = 0, dtype=torch.float32):
     return lambda: nearest.nearest_triton(rows(dim, dtype), codes(dim), metric)
+
+
+def principal(dim: int, metric: int = 0, dtype=torch.float32):
+    """The search with the principal-direction screen before it, which takes more scores than there are here."""
+    def run():
+        before, _tuning.REDUCED_SCORES = _tuning.REDUCED_SCORES, 0
+        try:
+            nearest.nearest_triton(rows(dim, dtype, 4 * _tuning.PILOT), codes(dim), metric)
+        finally:
+            _tuning.REDUCED_SCORES = before
+    return run
 
 
 def images(dim: int) -> torch.Tensor:
@@ -59,6 +70,8 @@ ALL = [
     *((f"nearest/D{dim}", search(dim)) for dim in (8, 64, 128, 256, 512)),
     *((f"nearest/{name}/D64", search(64, code)) for code, name in ((1, "cosine"), (2, "dot"))),
     *((f"nearest/{name}/D64", search(64, dtype=dtype)) for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))),
+    *((f"nearest/principal/D{dim}", principal(dim)) for dim in (128, 256, 512)),
+    ("nearest/principal/dot/bf16/D128", principal(128, 2, torch.bfloat16)),
     ("nearest/channels_first/D64", lambda: nearest.nearest_triton(images(64), codes(64), 0)),
     *((f"gather/{name}/D64", lambda dtype=dtype: gather.gather_triton(codes(64, dtype), indices()))
       for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))),
