@@ -1,8 +1,12 @@
 """vqfast's codes against JPEG and WebP at equal bytes, on held-out photographs: docs/results/compression.md.
 
     vqfast data photos FOLDER
-    python bench/compress_photos.py --split FOLDER runs/photos                     train and test: links, every 11th held out
-    vqfast train ... --set data.resize=360 --out runs/model;  vqfast train-prior runs/model --out runs/prior
+    python bench/compress_photos.py --split FOLDER runs/photos       train and test: links, every 11th held out
+    vqfast train --data runs/photos/train --size 96 --batch-size 8 --steps 1000 --lr 1e-3 --set data.resize=360 \\
+        --set data.flip=true --set model.hidden=96 --set model.stages=3 --set model.codebook_size=1024 --set model.decay=0.95 \\
+        --set model.revive_below=1.0 --set train.schedule=cosine --set train.clip_norm=1.0 --out runs/model
+    vqfast train-prior runs/model --channels 64 --layers 6 --set model.head_channels=256 --views 8 --batch-size 16 \\
+        --steps 400 --lr 2e-3 --set train.schedule=cosine --out runs/prior
     python bench/compress_photos.py runs/photos/test runs/model runs/prior [MODEL PRIOR ...]
     python bench/compress_photos.py --render docs/results/compression_<date>.json
 
