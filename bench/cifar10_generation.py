@@ -1,8 +1,8 @@
 """What priors over a VQ-VAE-2's codes draw, on CIFAR-10 with labels: docs/results/priors.md.
 
     vqfast train --preset cifar10-vqvae2 --steps 5000 --set train.schedule=cosine --set train.clip_norm=1.0 --out runs/ae
-    vqfast train-prior runs/ae --labels --views 1 --channels 64 --set model.head_channels=256 --set model.condition_layers=2 \\
-        --steps 1500 --lr 2e-3 --set train.schedule=cosine --set train.warmup=50 --out runs/prior
+    vqfast train-prior runs/ae --labels --views 1 --channels 64 --set model.head_channels=256 --set model.condition_channels=64 \\
+        --set model.condition_layers=2 --steps 1500 --lr 2e-3 --set train.schedule=cosine --set train.warmup=50 --out runs/prior
     python bench/cifar10_generation.py runs/ae runs/prior [--count 1000]
     python bench/cifar10_generation.py --render docs/results/priors_<date>.json
 
