@@ -59,7 +59,8 @@ def convert(model: nn.Module) -> Conversion:
 
     A class may have changed since this was written, or be another of the same name. So each quantizer is tried first, as a copy
     with random values, in evaluation and training: outputs, gradients and new state must agree, or it is skipped with that reason.
-    The check needs memory for that copy. Random state of the caller is left as it was.
+    The check needs memory for that copy. Random state of the caller is left as it was. Quantizers that reduce over processes do so in
+    the trial: call this before the process group exists, or on every process.
 
     Args:
         model: any module; converted quantizers inside are skipped, so that calling this again is harmless.

@@ -40,10 +40,14 @@ class EuclideanCodebookMethods:
         if self.training:
             self.expire_codes_(rows.detach())
             counts, sums = _parts.counts_and_sums(rows, found, self.codebook_size)
+            self._combine_(counts, sums)
             _parts.blend_(self.cluster_size, counts, self.decay)
             _parts.blend_(self.embed_avg, sums, self.decay)
             self.embed.data.copy_(self.embed_avg / _parts.smoothed(self.cluster_size, self.epsilon)[:, None])
         return quantized, indices
+
+    def _combine_(self, counts: Tensor, sums: Tensor) -> None:
+        """Each process keeps its own statistics, as in the peer, whose users synchronise buffers themselves."""
 
 
 class MoshiCodebookMethods:
@@ -54,7 +58,7 @@ class MoshiCodebookMethods:
 
 
 class EuclideanCodebook(EuclideanCodebookMethods, nn.Module):
-    """Moving-average codebook of one residual level.
+    """Moving-average codebook of one residual level; statistics are summed over processes.
 
     State: inited [1], cluster_size [K], embed and embed_avg [K, D].
     """
@@ -86,6 +90,9 @@ class EuclideanCodebook(EuclideanCodebookMethods, nn.Module):
         self.embed_avg.data.copy_(torch.where(dead[:, None], fresh * self.threshold_ema_dead_code, self.embed_avg))
         self.cluster_size.data.clamp_(min=self.threshold_ema_dead_code)
         _parts.broadcast_(*self.buffers())
+
+    def _combine_(self, counts: Tensor, sums: Tensor) -> None:
+        _parts.sum_over_processes_(counts, sums)
 
     def encode(self, x: Tensor) -> Tensor:
         """Rows [..., D] -> indices [...]."""

@@ -118,7 +118,7 @@ class EmbeddingEMA(nn.Module):
 class EMAVectorQuantizer(_Remapping, nn.Module):
     """Moving-average quantizer of channels-first images; the peer's own raises NameError in its constructor.
 
-    loss = beta mean (sg[code] - z)^2.
+    loss = beta mean (sg[code] - z)^2. Statistics are summed over processes; perplexity is this process's.
 
     Args:
         n_embed: K. embedding_dim: D. beta, decay, eps: weights. remap, unknown_index: see `VectorQuantizer2`.
@@ -143,6 +143,7 @@ class EMAVectorQuantizer(_Remapping, nn.Module):
         share = counts / len(rows)
         perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
         if self.training and self.embedding.update:
+            _parts.sum_over_processes_(counts, sums)
             self.embedding.cluster_size_ema_update(counts)
             self.embedding.embed_avg_ema_update(sums)
             self.embedding.weight_update(self.num_tokens)
