@@ -238,6 +238,13 @@ def test_the_trial_leaves_state_and_random_numbers_alone():
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_converting_where_no_gradients_are_taken(mode):
+    with mode():
+        report = vqfast.convert(nn.ModuleList([stand_ins.Quantize(D, K), stand_ins.VectorQuantizer2(K, D, 0.25)]))
+    assert len(report.replaced) == 2, str(report)
+
+
 def test_copies_and_pickles_stay_converted():
     """By copy.deepcopy and by pickle, for stand-ins that a module of their name holds."""
     module = stand_ins.Quantize(D, K).eval()

@@ -148,6 +148,7 @@ def _does_not_fit(module: nn.Module, methods: type) -> str:
 # ---- trying ----------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # gradients are part of the trial
 def _disagreement(module: nn.Module, seam: Seam) -> str:
     """How the converted module differs from the module as it is, on a copy with random values; "" when it does not."""
     try:
