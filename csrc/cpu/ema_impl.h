@@ -1,8 +1,8 @@
 // The kernels of ema_level.h for the lanes of one level (lanes_*.h, included before it) and its `narrow`. Inside an anonymous namespace.
 
-constexpr int kSums = 8;                // vectors of sums that stay in registers while the rows pass
-constexpr int64_t kRowsAhead = 8;       // rows lie anywhere; this many cover the way to memory
-constexpr int64_t kFetchedBytes = 512;  // of a row at most; what follows comes in by itself
+constexpr int kSums = 8;                 // vectors of sums that stay in registers while the rows pass
+constexpr int64_t kRowsAhead = 8;        // rows lie anywhere; this many cover the way to memory
+constexpr int64_t kFetchedBytes = 2048;  // of a row at most: rows ahead must not push each other out of the first-level cache
 
 inline void fetch_row(const float* row, int64_t dim) {
   const int64_t bytes = dim * 4 < kFetchedBytes ? dim * 4 : kFetchedBytes;
