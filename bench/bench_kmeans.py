@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from latents import ROWS, load_rows
 from render import number, table
@@ -29,6 +28,7 @@ from report import ROOT, machine
 from torch import Tensor
 
 import vqfast
+from vqfast.cli._peers import installed
 from vqfast.cli._timing import check_codes
 from vqfast.data import open_latents
 
@@ -95,6 +95,9 @@ METHODS: dict[str, tuple[Method, tuple[int, ...]]] = {
 }
 
 
+PACKAGES = {"faiss": "faiss", "scikit-learn": "sklearn"}  # beginning of a method's name -> what it needs
+
+
 def inertia(rows: Tensor, codes: Tensor) -> float:
     return float(vqfast.nearest(rows, codes.float()).distance.double().mean())
 
@@ -127,6 +130,9 @@ def compare(rows: Tensor, codes: int, limit: float) -> dict:
     level = float(found.inertia) * (1 + TOLERANCE)
     entry = {"rows": len(rows), "dim": rows.shape[1], "codes": codes, "level": level, "methods": {}}
     for name, (method, tries) in METHODS.items():
+        package = next((package for said, package in PACKAGES.items() if name.startswith(said)), None)
+        if package and not installed(package):
+            continue
         if name == ELKAN and 4 * len(rows) * codes > ELKAN_GIB * 2**30:
             continue
         entry["methods"][name] = run = reach(method, tries, rows, start, level, limit)
@@ -191,8 +197,7 @@ def main() -> None:
     if args.quick:
         rows, args.codes = rows[:2048].contiguous(), [64]
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    result = {"date": date, "quick": args.quick, "data": args.data, "machine": machine(), "compared": []}
-    result["machine"]["versions"] |= {"scikit-learn": __import__("sklearn").__version__, "numpy": np.__version__}
+    result = {"date": date, "quick": args.quick, "data": args.data, "machine": machine("scikit-learn"), "compared": []}
     result["command"] = "python bench/bench_kmeans.py" + (" --rows FILE --codes " + " ".join(map(str, args.codes)) if args.rows else "")
     out = args.out or (Path(tempfile.mkdtemp(prefix="vqfast-kmeans-")) if args.quick else ROOT / "docs/results")
     out.mkdir(parents=True, exist_ok=True)

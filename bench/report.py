@@ -38,12 +38,12 @@ CPU = torch.device("cpu")
 LARGE = 8192  # codes; beyond, fewer rounds and fewer rows checked
 
 
-def machine() -> dict:
-    """The conditions of a run: without them its numbers mean nothing."""
+def machine(*packages: str) -> dict:
+    """The conditions of a run: without them its numbers mean nothing. `packages`: more of which the version matters."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
     versions = {"torch": torch.__version__, "vqfast": vqfast.__version__}
-    for name in ("faiss-cpu", "vector-quantize-pytorch"):
+    for name in ("faiss-cpu", "vector-quantize-pytorch", *packages):
         versions[name] = _version(name)
     return {
         "cpu": model or platform.processor() or platform.machine(),

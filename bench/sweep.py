@@ -231,7 +231,7 @@ def sweep(args) -> Iterator[dict]:
     begin = time.perf_counter()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     source = Source(args.latents, None if args.quick else args.training)
-    result = {"date": date, "quick": args.quick, "rounds": args.rounds, "machine": machine(), "noise": NOISE}
+    result = {"date": date, "quick": args.quick, "rounds": args.rounds, "machine": machine("pykeops"), "noise": NOISE}
     result |= {"limits": {"seconds": SECONDS, "GiB": MEMORY_GIB}, "shapes": [], "memory": [], "adversaries": []}
     result["latents"] = args.about
     rates, todo = Rates(), plan(args.quick)
