@@ -26,6 +26,7 @@ struct Batch {
   const PanelPlan* plan;
   const ExactCodes* exact;
   int rows;
+  int32_t home[kTiles];                // the panel that a row of the tile falls into
   float q[kTiles][kWidth * kNear];     // coordinates [kWidth, kNear] of each tile
   float screen_limit[kBatchRows];      // a screened score under it survives
   float box_limit[kBatchRows];         // a box nearer than it is visited
@@ -289,33 +290,59 @@ __attribute__((noinline)) void screen_panels(Batch<kWidth, kNear>& b, int tile, 
   if (b.survivors >= kEnough) evaluate_survivors(b);
 }
 
-// Every panel whose box is in reach of a row of the tile.
-template <int kWidth, int kNear>
-inline void visit_panels(Batch<kWidth, kNear>& b, int tile) {
-  const PanelPlan& plan = *b.plan;
-  const int64_t box = (int64_t)kWidth * kPanelGroup;
+// Panels that one tile is about to screen.
+struct Queue {
   int32_t panels[kChunk + kPanelGroup];
-  int count = 0;
+  int count;
+};
+
+// Adds the panels of a group whose boxes are in reach of a row of the tile.
+template <int kWidth, int kNear>
+inline void queue_panels(Batch<kWidth, kNear>& b, int tile, int64_t group, uint32_t near, Queue* queue) {
+  for (; near; near &= near - 1) queue->panels[queue->count++] = (int32_t)(group * kPanelGroup) + __builtin_ctz(near);
+  if (queue->count < kChunk) return;
+  screen_panels<kWidth, kNear>(b, tile, queue->panels, kChunk);
+  queue->count -= kChunk;
+  for (int i = 0; i < queue->count; ++i) queue->panels[i] = queue->panels[kChunk + i];
+}
+
+template <int kWidth, int kNear>
+inline uint32_t near_panels(const Batch<kWidth, kNear>& b, int tile, int64_t group) {
+  const int64_t box = (int64_t)kWidth * kPanelGroup;
+  return near_boxes<kWidth, kNear>(b.plan->low + group * box, b.plan->high + group * box, b.plan->allowance + group * kPanelGroup, b,
+                                   tile);
+}
+
+// The panels around a tile's home, where most rows have their nearest code.
+template <int kWidth, int kNear>
+inline void visit_home(Batch<kWidth, kNear>& b, int tile) {
+  Queue queue;
+  queue.count = 0;
+  const int64_t group = b.home[tile] / kPanelGroup;
+  queue_panels<kWidth, kNear>(b, tile, group, near_panels<kWidth, kNear>(b, tile, group), &queue);
+  if (queue.count) screen_panels<kWidth, kNear>(b, tile, queue.panels, queue.count);
+}
+
+// All others.
+template <int kWidth, int kNear>
+inline void visit_others(Batch<kWidth, kNear>& b, int tile) {
+  const PanelPlan& plan = *b.plan;
+  const int64_t box = (int64_t)kWidth * kPanelGroup, home = b.home[tile] / kPanelGroup;
+  Queue queue;
+  queue.count = 0;
   for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
     uint32_t groups = near_boxes<kWidth, kNear>(plan.group_low + block * box, plan.group_high + block * box,
-                                         plan.group_allowance + block * kPanelGroup, b, tile);
+                                                plan.group_allowance + block * kPanelGroup, b, tile);
+    if (block == home / kPanelGroup) groups &= ~(1u << home % kPanelGroup);
     int32_t group[kPanelGroup];
     uint32_t near[kPanelGroup];
     int some = 0;
     for (; groups; groups &= groups - 1) group[some++] = (int32_t)(block * kPanelGroup) + __builtin_ctz(groups);
     b.counts.groups += some;
-    for (int i = 0; i < some; ++i)
-      near[i] = near_boxes<kWidth, kNear>(plan.low + group[i] * box, plan.high + group[i] * box, plan.allowance + group[i] * kPanelGroup,
-                                   b, tile);
-    for (int i = 0; i < some; ++i) {
-      for (uint32_t bits = near[i]; bits; bits &= bits - 1) panels[count++] = group[i] * kPanelGroup + __builtin_ctz(bits);
-      if (count < kChunk) continue;
-      screen_panels<kWidth, kNear>(b, tile, panels, kChunk);
-      count -= kChunk;
-      for (int p = 0; p < count; ++p) panels[p] = panels[kChunk + p];
-    }
+    for (int i = 0; i < some; ++i) near[i] = near_panels<kWidth, kNear>(b, tile, group[i]);
+    for (int i = 0; i < some; ++i) queue_panels<kWidth, kNear>(b, tile, group[i], near[i], &queue);
   }
-  if (count) screen_panels<kWidth, kNear>(b, tile, panels, count);
+  if (queue.count) screen_panels<kWidth, kNear>(b, tile, queue.panels, queue.count);
 }
 
 template <int kWidth, int kNear>
@@ -338,12 +365,17 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
     for (int r = 0; r < b.rows; ++r) start_row(b, r, exact_rows + order[r] * exact_ld, rows + order[r] * ld, queries[order[r]]);
     for (int r = b.rows; r < tiles * kNear; ++r) start_empty(b, r);
     // The panel that a tile's middle row falls into is near enough to all of its rows.
-    for (int t = 0; t < tiles; ++t) choose_first(b, t, first_panel[order[t * kNear + (b.rows - t * kNear > kNear / 2 ? kNear / 2 : 0)]]);
+    for (int t = 0; t < tiles; ++t) {
+      b.home[t] = first_panel[order[t * kNear + (b.rows - t * kNear > kNear / 2 ? kNear / 2 : 0)]];
+      choose_first(b, t, b.home[t]);
+    }
     for (int r = 0; guess && r < b.rows; ++r)
       if (guess[order[r]] >= 0) b.first[r] = (int32_t)guess[order[r]];
     for (int r = 0; r < b.rows; ++r) fetch(plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld, code_bytes);
     evaluate_first(b);
-    for (int t = 0; t < tiles; ++t) visit_panels<kWidth, kNear>(b, t);
+    for (int t = 0; t < tiles; ++t) visit_home<kWidth, kNear>(b, t);
+    evaluate_survivors(b);
+    for (int t = 0; t < tiles; ++t) visit_others<kWidth, kNear>(b, t);
     evaluate_survivors(b);
     for (int r = 0; r < b.rows; ++r) {
       compact(&b.row[r], with_slack(plan, b.upper[r]));
