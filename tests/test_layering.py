@@ -83,9 +83,9 @@ def test_imports_go_down_only(path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("vqfast/reference*.py")), ids=lambda p: p.name)
-def test_the_reference_imports_torch_only(path):
+def test_the_reference_imports_torch_and_the_standard_library_only(path):
     packages = {module.split(".")[0] for _, module, _ in imports(path) if layer_of(module) != "reference"}
-    assert packages <= {"torch", "math", "typing", "__future__"}
+    assert packages <= {"torch", "math", "typing", "collections", "__future__"}
 
 
 @pytest.mark.parametrize("path", python_files("kernels"), ids=lambda p: p.name)
