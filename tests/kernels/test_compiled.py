@@ -46,9 +46,10 @@ def test_the_lock_holds_no_spill_on_sm_90():
     assert lock
     for version, archs in lock.items():
         assert set(archs) == {"sm_80", "sm_90", "sm_100"}, version
-        # Triton 3.6's assembler moves one register of one kernel to keep its programs at 64 registers.
-        known = {"residual/D64/step"} if version == "3.6" else set()
-        assert {label for label, row in archs["sm_90"].items() if row["spills"]} <= known, version
+        # Triton 3.6's assembler moves one register of one kernel to keep its programs at 64 registers; 3.9's a few in the preparation of
+        # principal directions, once per search.
+        known = {"3.6": {"residual/D64/step"}, "3.9": {"nearest/principal/D128/reduce_codes", "nearest/principal/D512/orthonormal"}}
+        assert {label for label, row in archs["sm_90"].items() if row["spills"]} <= known.get(version, set()), version
         for arch, limit in (("sm_80", 163), ("sm_90", 227), ("sm_100", 227)):
             assert max(row["shared"] for row in archs[arch].values()) <= limit * 1024
 
