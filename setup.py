@@ -31,6 +31,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (absent from old setuptools)
 
 ROOT = Path(__file__).resolve().parent
+# Our folder kernels/ must not hide the package `kernels` from PyPI, whose plugin setuptools loads where it is installed.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 CSRC = ROOT / "csrc"
 MODE = os.environ.get("VQFAST_BUILD") or "auto"
 WERROR = os.environ.get("VQFAST_WERROR", "0") not in ("", "0")
