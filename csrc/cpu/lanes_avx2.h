@@ -13,6 +13,11 @@ inline V load_part(const float* p, int n) { return _mm256_maskload_ps(p, first_l
 inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
 inline void store_part(float* p, V a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 inline V set(float a) { return _mm256_set1_ps(a); }
+inline V set_pair(const float* p) {  // p[0], p[1], p[0], p[1] ...
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return _mm256_castpd_ps(_mm256_set1_pd(pair));
+}
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }

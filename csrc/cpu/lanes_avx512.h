@@ -10,6 +10,11 @@ inline V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmas
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
 inline void store_part(float* p, V a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 inline V set(float a) { return _mm512_set1_ps(a); }
+inline V set_pair(const float* p) {  // p[0], p[1], p[0], p[1] ...
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return _mm512_castpd_ps(_mm512_set1_pd(pair));
+}
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }

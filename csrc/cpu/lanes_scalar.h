@@ -17,6 +17,7 @@ inline void store_part(float* p, V a, int n) {
 }
 inline void store(float* p, V a) { store_part(p, a, 4); }
 inline V set(float a) { return V{a, a, a, a}; }
+inline V set_pair(const float* p) { return V{p[0], p[1], p[0], p[1]}; }
 inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }

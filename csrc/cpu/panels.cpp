@@ -176,10 +176,10 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   }
   basis.resize(directions * dim);
   for (int64_t i = 0; i < directions * dim; ++i) basis[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
-  const int64_t step = (directions + kernels().lanes - 1) / kernels().lanes * kernels().lanes;
-  directions_.assign((dim + dim % 2) * step, 0.0f);
+  const int64_t step = (2 * directions + kernels().lanes - 1) / kernels().lanes * kernels().lanes;
+  directions_.assign((dim + 1) / 2 * step, 0.0f);
   for (int j = 0; j < directions; ++j)
-    for (int64_t d = 0; d < dim; ++d) directions_[d * step + j] = basis[j * dim + d];
+    for (int64_t d = 0; d < dim; ++d) directions_[d / 2 * step + 2 * j + d % 2] = basis[j * dim + d];
   plan.width = directions + 1;
   plan.dim = dim;
   centre_ = centre;

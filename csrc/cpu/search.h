@@ -89,8 +89,8 @@ struct Kernels {
   void (*panels)(const PanelPlan&, const ExactCodes&, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
                  const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
                  double* score, int64_t* index, PanelCounts* counts);
-  // Coordinates of n rows along `count` directions (4 or 8), which lie side by side: [dim rounded up to even, count rounded up to
-  // whole vectors]. rest_rel widens the norm of the rest.
+  // Coordinates of n rows along `count` directions (4 or 8), which lie side by side: [dim / 2 rounded up, 2 * count rounded up to
+  // whole vectors] in the order (direction, dimension even or odd). rest_rel widens the norm of the rest.
   void (*project)(const float* const* rows, int n, const float* centre, const float* directions, int count, int64_t dim,
                   float rest_rel, PanelQuery* const* out);
   // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d)

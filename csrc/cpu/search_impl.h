@@ -192,14 +192,14 @@ inline float direction_dot(const float* row, const float* centre, const float* d
   return sum(add(s0, s1));
 }
 
-// Coordinates of kTogether rows: centred values one by one against all directions, which lie side by side. Two sums per row and
-// direction, over the even and the odd dimensions.
-constexpr int kTogether = 4;
+// Coordinates of kTogether rows: centred values two by two against all directions, which lie side by side in the order (direction,
+// dimension even or odd). So a coordinate is two sums, over the even and the odd dimensions.
+constexpr int kTogether = W == 16 ? 8 : 4;  // sums enough to keep the multipliers busy
 
 template <int kDirections>
 inline void project_rows(const float* const* rows, const float* centre, const float* directions, int64_t dim, float rest_rel,
                          PanelQuery* const* out, int n) {
-  constexpr int kVectors = (kDirections + W - 1) / W, kStep = kVectors * W;
+  constexpr int kVectors = (2 * kDirections + W - 1) / W, kStep = kVectors * W;
   float centred[kTogether][kMaxPanelDim + 1], norm[kTogether];
   for (int r = 0; r < kTogether; ++r) {
     const float* row = rows[r < n ? r : 0];
@@ -218,29 +218,27 @@ inline void project_rows(const float* const* rows, const float* centre, const fl
     norm[r] = sum(square);
     centred[r][dim] = 0.0f;
   }
-  V y[kTogether][kVectors], z[kTogether][kVectors];
-#pragma GCC unroll 4
+  V y[kTogether][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kTogether; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) y[r][v] = z[r][v] = set(0);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) y[r][v] = set(0);
   }
   for (int64_t d = 0; d < dim; d += 2) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const V even = load(directions + d * kStep + v * W), odd = load(directions + (d + 1) * kStep + v * W);
 #pragma GCC unroll 4
-      for (int r = 0; r < kTogether; ++r) {
-        y[r][v] = fma(set(centred[r][d]), even, y[r][v]);
-        z[r][v] = fma(set(centred[r][d + 1]), odd, z[r][v]);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      const V direction = load(directions + d / 2 * kStep + v * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTogether; ++r) y[r][v] = fma(set_pair(centred[r] + d), direction, y[r][v]);
     }
   }
   for (int r = 0; r < n; ++r) {
-    float coordinate[kStep], kept = 0;
-    for (int v = 0; v < kVectors; ++v) store(coordinate + v * W, add(y[r][v], z[r][v]));
+    float halves[kStep], kept = 0;
+    for (int v = 0; v < kVectors; ++v) store(halves + v * W, y[r][v]);
     for (int j = 0; j < kDirections; ++j) {
-      out[r]->coordinate[j] = coordinate[j];
-      kept += coordinate[j] * coordinate[j];
+      const float coordinate = halves[2 * j] + halves[2 * j + 1];
+      out[r]->coordinate[j] = coordinate;
+      kept += coordinate * coordinate;
     }
     const float rest = norm[r] * (1.0f + rest_rel) - kept;
     out[r]->coordinate[kDirections] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
