@@ -43,11 +43,12 @@ IS_MAC = sys.platform == "darwin"
 # No -march=native and no fast-math: one binary runs everywhere, and the contract needs NaN, Inf and every rounding.
 EXACT = ["-ffp-contract=off"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", *EXACT, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+# GCC 12 warns about its own intrinsics header (bug 105593).
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SIMD_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    # GCC 12 warns about its own intrinsics header (bug 105593).
-    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "_avx512": AVX512,
+    "_avx512vnni": [*AVX512, "-mavx512vnni"],
 }
 INEXACT = ("-Ofast", "-ffast-math", "-funsafe-math", "-fassociative-math", "-ffinite-math", "-ffp-contract", "-march")
 CUDA_ARCHS = ["80", "90a", "100"]  # the newest also as PTX, for devices that do not exist yet
@@ -182,7 +183,7 @@ def bindings_steps(tools: Tools, build: Path, library: Path) -> list[Step]:
         "FLAGS": shlex.join([*CXX_FLAGS, *extra_flags()]),
         "TORCH": tools.torch.__version__,
         "TORCH_TARGET": TORCH_TARGET,
-        "LEVELS": "scalar,avx2,avx512" if IS_X86 else "scalar",
+        "LEVELS": "scalar,avx2,avx512,avx512vnni" if IS_X86 else "scalar",
     }
     lines = [f"#define VQFAST_{name} {json.dumps(value)}" for name, value in facts.items()]
     write_if_changed(build / "build_facts.h", "\n".join(["#pragma once", *lines, ""]))

@@ -22,7 +22,7 @@ using Optional = std::optional<Tensor>;
 
 const vqfast::SampleKernels& kernels() {
 #if defined(__x86_64__)
-  if (vqfast_cpu_level() == 2) return vqfast::sample_kernels_avx512();
+  if (vqfast_cpu_level() >= 2) return vqfast::sample_kernels_avx512();
   if (vqfast_cpu_level() == 1) return vqfast::sample_kernels_avx2();
 #endif
   return vqfast::sample_kernels_scalar();

@@ -17,7 +17,7 @@ import torch
 from vqfast import _border
 from vqfast._border import BACKENDS
 
-CPU_LEVELS = ("scalar", "avx2", "avx512")
+CPU_LEVELS = ("scalar", "avx2", "avx512", "avx512vnni")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()
 
@@ -67,7 +67,7 @@ def load_native() -> None:
 
 
 def cpu_level() -> str | None:
-    """SIMD level of the native CPU kernels (`scalar`, `avx2`, `avx512`), or None without them."""
+    """SIMD level of the native CPU kernels (one of CPU_LEVELS), or None without them."""
     if _load("_C_cpu"):
         return None
     return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]

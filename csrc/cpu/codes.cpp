@@ -194,7 +194,7 @@ DenseBuild::DenseBuild(const Codes& codes, double row_square, const Parallel& pa
   const double ratio = row_square > 0 && codes.typical_square() > 0 ? sqrt(codes.typical_square() / row_square) : 1.0;
   balance = std::min(0x1p30, std::max(0x1p-30, ratio));
   const double of_code = error * (0.5 + 0.5 / balance);
-  storage.reset(new float[panels * kPanel * (dim + 2)]);
+  storage = aligned_floats(panels * kPanel * (dim + 2));
   float* values = storage.get();
   float* start = values + panels * kPanel * dim;
   float* slack = start + panels * kPanel;

@@ -33,10 +33,20 @@ struct PanelTree {
   std::vector<Node> nodes;
   int depth = 0;
 
-  int32_t panel_of(const float* coordinate) const {
-    int32_t at = 0;
-    for (int i = 0; i < depth; ++i) at = nodes[at].child[!(coordinate[nodes[at].coordinate] < nodes[at].split)];
-    return nodes[at].panel;
+  // Of n points; kTogether of them descend side by side, each step of all before the next.
+  void panels_of(const PanelQuery* points, int64_t n, int32_t* panel) const {
+    constexpr int kTogether = 8;
+    for (int64_t first = 0; first < n; first += kTogether) {
+      const int some = n - first < kTogether ? (int)(n - first) : kTogether;
+      int32_t at[kTogether] = {};
+      for (int i = 0; i < depth; ++i) {
+        for (int r = 0; r < some; ++r) {
+          const Node& node = nodes[at[r]];
+          at[r] = node.child[!(points[first + r].coordinate[node.coordinate] < node.split)];
+        }
+      }
+      for (int r = 0; r < some; ++r) panel[first + r] = nodes[at[r]].panel;
+    }
   }
 };
 
@@ -85,11 +95,9 @@ struct DenseBuild {
   DenseBuild(const Codes&, double row_square, const Parallel&);
   DensePlan plan;
   double error, balance;        // a row's allowance is error * balance * |x|^2 / 2 (+ tiny)
-  std::unique_ptr<float[]> storage;
+  AlignedFloats storage;
   std::vector<int32_t> id;
 };
-
-constexpr int kRowsTogether = 16;  // that one call projects
 
 // Principal coordinates in k-d ordered panels with boxes.
 struct PanelBuild {
@@ -100,8 +108,8 @@ struct PanelBuild {
   float rest_rel = 0;
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
   std::vector<float> basis;     // [directions, dim]
-  // Coordinates of up to kRowsTogether rows.
-  void project(const float* const* rows, int n, PanelQuery* out) const;
+  // Coordinates of n rows.
+  void project(const float* rows, int64_t ld, int64_t n, PanelQuery* out) const;
   // Cell of a row in its panel's box: `bits` binary digits of each of the three widest coordinates.
   int32_t place_in_panel(int32_t panel, const PanelQuery& row, int bits) const;
   std::vector<int32_t> order;   // searched codes in panel order
@@ -110,6 +118,7 @@ struct PanelBuild {
   void find_basis(const Codes&, const Hints&);
   void project_codes(const Codes&, const Parallel&);
   void find_order(const Hints&, const Codes&, const Parallel&);
+  void find_grid_scale(const Codes&);
   void fill_panels(const Codes&, const Parallel&);
 
   struct Grid {
@@ -119,10 +128,9 @@ struct PanelBuild {
   void find_grid(int64_t panel, const float* low, const float* high);
 
   const float* centre_;
-  std::vector<float> directions_;  // the basis as project() reads it
   std::vector<Grid> grids_;
   std::unique_ptr<PanelQuery[]> coordinates_;
-  std::unique_ptr<float[]> storage_;
+  AlignedInts storage_;
   std::vector<int32_t> id_;
 };
 

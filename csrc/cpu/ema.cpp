@@ -109,6 +109,7 @@ bool join_edges(std::vector<Edge>& head, std::vector<Edge>& tail, int64_t dim, f
 const EmaKernels& ema_kernels() {
 #if defined(__x86_64__) && !defined(VQFAST_NO_X86)
   switch (level()) {
+    case 3:
     case 2: return ema_kernels_avx512();
     case 1: return ema_kernels_avx2();
   }

@@ -13,16 +13,12 @@ inline V load_part(const float* p, int n) { return _mm256_maskload_ps(p, first_l
 inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
 inline void store_part(float* p, V a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 inline V set(float a) { return _mm256_set1_ps(a); }
-inline V set_pair(const float* p) {  // p[0], p[1], p[0], p[1] ...
-  double pair;
-  __builtin_memcpy(&pair, p, 8);
-  return _mm256_castpd_ps(_mm256_set1_pd(pair));
-}
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
+inline V root(V a) { return _mm256_sqrt_ps(a); }
 inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline V max(V a, V b) { return _mm256_max_ps(a, b); }
 inline uint32_t less(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
@@ -31,6 +27,26 @@ inline float sum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline void four_sums(const V* a, float* out) {
+  const V all = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+inline void eight_sums(const V* a, float* out) {
+  const V low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const V high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  store(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+}
+// Which of n values (64 at most) are not zero.
+template <int n>
+inline uint64_t not_zero(const uint32_t* p) {
+  uint64_t some = 0;
+  for (int i = 0; i < n; i += 8) {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(p + i));
+    const int zero = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(v, _mm256_setzero_si256())));
+    some |= (uint64_t)(zero ^ 0xFF) << i;
+  }
+  return some;
 }
 inline float smallest(V a) {
   __m128 s = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -46,6 +62,11 @@ inline D widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 inline D dsub(D a, D b) { return _mm256_sub_pd(a, b); }
 inline D dmul(D a, D b) { return _mm256_mul_pd(a, b); }
 inline void dstore(double* p, D a) { _mm256_storeu_pd(p, a); }
+inline D dfma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+inline double dsum(D a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
 inline D dload(const double* p) { return _mm256_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm256_add_pd(a, b); }
 using H = __m256i;
@@ -55,3 +76,27 @@ inline H hash_mix(H h, V v) {
   return _mm256_xor_si256(h, _mm256_srli_epi32(h, 15));
 }
 inline void hash_store(uint32_t* p, H h) { _mm256_storeu_si256((__m256i*)p, h); }
+// Vectors of W int32, each lane two int16 where a name says so.
+using I = __m256i;
+inline I iload(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void istore(int32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, a); }
+inline I iset(int32_t a) { return _mm256_set1_epi32(a); }
+inline I imin(I a, I b) { return _mm256_min_epi32(a, b); }
+inline I imin_pairs(I a, I b) { return _mm256_min_epi16(a, b); }
+inline I imax_pairs(I a, I b) { return _mm256_max_epi16(a, b); }
+inline I isub_pairs(I a, I b) { return _mm256_sub_epi16(a, b); }
+inline I add_dots(I total, I a, I b) { return _mm256_add_epi32(total, _mm256_madd_epi16(a, b)); }  // of the pairs
+inline uint32_t at_most(I a, I b) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))) ^ 0xFFu;
+}
+inline uint32_t iequal(I a, I b) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))); }
+inline int32_t ismallest(I a) {
+  __m128i s = _mm_min_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_min_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_min_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+// W values rounded to the nearest integer, then to int16.
+inline void store_rounded(int16_t* p, V a) {
+  const __m256i i = _mm256_cvtps_epi32(a);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+}

@@ -10,21 +10,39 @@ inline V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmas
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
 inline void store_part(float* p, V a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 inline V set(float a) { return _mm512_set1_ps(a); }
-inline V set_pair(const float* p) {  // p[0], p[1], p[0], p[1] ...
-  double pair;
-  __builtin_memcpy(&pair, p, 8);
-  return _mm512_castpd_ps(_mm512_set1_pd(pair));
-}
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
+inline V root(V a) { return _mm512_sqrt_ps(a); }
 inline V min(V a, V b) { return _mm512_min_ps(a, b); }
 inline V max(V a, V b) { return _mm512_max_ps(a, b); }
 inline uint32_t less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline uint32_t equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline float sum(V a) { return _mm512_reduce_add_ps(a); }
+inline V halve(V a, V b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }  // their partial sums in turns
+inline V quarter(V a, V b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE)); }
+inline __m256 fold(V a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+inline void four_sums(const V* a, float* out) {
+  const __m256 half = fold(quarter(halve(a[0], a[1]), halve(a[2], a[3])));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+inline void eight_sums(const V* a, float* out) {
+  const __m256 low = fold(quarter(halve(a[0], a[1]), halve(a[2], a[3])));
+  const __m256 high = fold(quarter(halve(a[4], a[5]), halve(a[6], a[7])));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+}
+// Which of n values (64 at most) are not zero.
+template <int n>
+inline uint64_t not_zero(const uint32_t* p) {
+  uint64_t some = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __m512i v = _mm512_loadu_si512(p + i);
+    some |= (uint64_t)_mm512_test_epi32_mask(v, v) << i;
+  }
+  return some;
+}
 inline float smallest(V a) { return _mm512_reduce_min_ps(a); }
 inline bool all_finite(V a) {
   // Class bits: quiet NaN 0x01, +inf 0x08, -inf 0x10, signalling NaN 0x80.
@@ -34,6 +52,8 @@ inline D widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 inline D dsub(D a, D b) { return _mm512_sub_pd(a, b); }
 inline D dmul(D a, D b) { return _mm512_mul_pd(a, b); }
 inline void dstore(double* p, D a) { _mm512_storeu_pd(p, a); }
+inline D dfma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+inline double dsum(D a) { return _mm512_reduce_add_pd(a); }
 inline D dload(const double* p) { return _mm512_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm512_add_pd(a, b); }
 using H = __m512i;
@@ -43,3 +63,24 @@ inline H hash_mix(H h, V v) {
   return _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
 }
 inline void hash_store(uint32_t* p, H h) { _mm512_storeu_si512(p, h); }
+// Vectors of W int32, each lane two int16 where a name says so.
+using I = __m512i;
+inline I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void istore(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+inline I iset(int32_t a) { return _mm512_set1_epi32(a); }
+inline I imin(I a, I b) { return _mm512_min_epi32(a, b); }
+inline I imin_pairs(I a, I b) { return _mm512_min_epi16(a, b); }
+inline I imax_pairs(I a, I b) { return _mm512_max_epi16(a, b); }
+inline I isub_pairs(I a, I b) { return _mm512_sub_epi16(a, b); }
+inline I add_dots(I total, I a, I b) {  // of the pairs
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(total, a, b);
+#else
+  return _mm512_add_epi32(total, _mm512_madd_epi16(a, b));
+#endif
+}
+inline uint32_t at_most(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
+inline uint32_t iequal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline int32_t ismallest(I a) { return _mm512_reduce_min_epi32(a); }
+// W values rounded to the nearest integer, then to int16.
+inline void store_rounded(int16_t* p, V a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a))); }

@@ -13,7 +13,7 @@ int level_supported() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    return 2;
+    return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
@@ -29,6 +29,7 @@ void set_level(int level) { g_level.store(level); }
 const Kernels& kernels() {
 #if defined(__x86_64__) && !defined(VQFAST_NO_X86)
   switch (level()) {
+    case 3: return *kernels_avx512vnni();
     case 2: return *kernels_avx512();
     case 1: return *kernels_avx2();
   }

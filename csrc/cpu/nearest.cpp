@@ -10,7 +10,8 @@ namespace vqfast {
 namespace {
 
 constexpr int64_t kBlockBytes = 24 << 10;  // tiles of rows that share one pass over the panels: half of a first-level cache
-constexpr int64_t kBlockRows = 8192;  // rows that are ordered together
+constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
+constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -92,10 +93,12 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
     const float* exact = rows.row(i * rows.count / n);
     if (!work_row(codes_, exact, work.data())) continue;
     PanelQuery query;
-    const float* row = work.data();
-    panels_->project(&row, 1, &query);
+    panels_->project(work.data(), 0, 1, &query);
+    kernels().round_to_grid(plan.per_unit, plan.directions, &query, 1);
     if (!(query.norm < (float)kWildSquare)) continue;  // NaN too
-    const int32_t zero = 0, first = panels_->tree.panel_of(query.coordinate);
+    const int32_t zero = 0;
+    int32_t first;
+    panels_->tree.panels_of(&query, 1, &first);
     double score;
     int64_t index;
     kernels().panels(plan, codes_.exact(), exact, 0, work.data(), 0, &query, &zero, &first, nullptr, 1, &score, &index, &counts);
@@ -104,7 +107,7 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
   // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
   // vectors of codes per pair of coordinates.
   const double vectors = kPanel / 16.0;
-  const double panel = 2.0 * vectors * plan.width + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.width;
+  const double panel = 2.0 * vectors * (plan.directions + 1) + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * (plan.directions + 1);
   const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
   const double dense = (double)counts.rows * k * dim / 16.0;
@@ -217,30 +220,30 @@ struct NearestSearch::Block {
 };
 
 // Coordinates and home panel of each row; rows that no plan can take are settled at once and have none.
-void NearestSearch::describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const {
+void NearestSearch::describe(const Rows& rows, int64_t from_row, int64_t count, Block* block, double* score, int64_t* index) const {
   const int64_t dim = codes_.work().dim;
-  for (int64_t i = 0; i < count; i += kRowsTogether) {
-    const int n = (int)std::min<int64_t>(kRowsTogether, count - i);
-    const float* row[kRowsTogether];
-    bool has_vector[kRowsTogether];
-    for (int r = 0; r < n; ++r) {
-      row[r] = rows.row(from + i + r);
-      has_vector[r] = true;
-      if (!block->work) continue;
-      float* to = block->work.get() + (i + r) * dim;
-      has_vector[r] = work_row(codes_, row[r], to);
-      row[r] = to;
+  constexpr int64_t kSome = 16;  // rows that take a step together: they stay in cache
+  for (int64_t i = 0; i < count; i += kSome) {
+    const int64_t n = std::min(kSome, count - i);
+    const float* from = rows.row(from_row + i);
+    int64_t ld = rows.ld;
+    bool has_vector[kSome];
+    std::fill_n(has_vector, kSome, true);
+    if (block->work) {
+      float* to = block->work.get() + i * dim;
+      for (int64_t r = 0; r < n; ++r) has_vector[r] = work_row(codes_, rows.row(from_row + i + r), to + r * dim);
+      from = to;
+      ld = dim;
     }
-    panels_->project(row, n, &block->queries[i]);
-    for (int r = 0; r < n; ++r) {
-      const PanelQuery& query = block->queries[i + r];
-      const int64_t at = from + i + r;
-      if (has_vector[r] && query.norm < (float)kWildSquare) {
-        block->first[i + r] = panels_->tree.panel_of(query.coordinate);
-      } else {
-        block->first[i + r] = -1;
-        settle_alone(rows.row(at), &score[at], &index[at]);
-      }
+    PanelQuery* query = &block->queries[i];
+    panels_->project(from, ld, n, query);
+    kernels().round_to_grid(panels_->plan.per_unit, panels_->plan.directions, query, n);
+    panels_->tree.panels_of(query, n, &block->first[i]);
+    for (int64_t r = 0; r < n; ++r) {
+      if (has_vector[r] && query[r].norm < (float)kWildSquare) continue;  // NaN too
+      const int64_t at = from_row + i + r;
+      block->first[i + r] = -1;
+      settle_alone(rows.row(at), &score[at], &index[at]);
     }
   }
 }
@@ -266,7 +269,8 @@ void NearestSearch::sort(int64_t count, Block* block) const {
 
 void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
   const int64_t n = rows.count, dim = codes_.work().dim;
-  const int64_t per_block = std::max<int64_t>(256, std::min<int64_t>(kBlockRows, (n + parallel_.threads - 1) / parallel_.threads));
+  const int64_t together = std::min(kMostBlockRows, std::max(kBlockRows, kRowsPerPanel * panels_->plan.panels_count));
+  const int64_t per_block = std::max<int64_t>(256, std::min<int64_t>(together, (n + parallel_.threads - 1) / parallel_.threads));
   const int64_t blocks = (n + per_block - 1) / per_block;
   std::vector<PanelCounts> counts(blocks);
   parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -333,10 +337,13 @@ void nearest(const View& x, const View& codebook, Metric metric, const Hints* hi
     search.run(rows, hints[g].guess, score.get(), index.get());
     if (report) *report = search.report();
     parallel(rows.count, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t to = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
-        distance[to] = (float)distance_of(codes, rows.row(i), score[i]);
-        indices[to] = index[i];
+      for (int64_t i = begin; i < end;) {
+        const int64_t batch = i / per_batch, last = std::min(end, (batch + 1) * per_batch);
+        const int64_t to = (batch * groups + g - batch) * per_batch;  // row i of [B, N] is element to + i of [B, G, N]
+        for (; i < last; ++i) {
+          distance[to + i] = (float)distance_of(codes, rows.row(i), score[i]);
+          indices[to + i] = index[i];
+        }
       }
     });
   }

@@ -1,5 +1,6 @@
 // Builds the pruned road: principal directions, k-d order of the codes, boxes. docs/SEARCH.md derives the allowances.
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <numeric>
@@ -125,6 +126,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   worth_it = true;
   project_codes(codes, parallel);
   find_order(hints, codes, parallel);
+  find_grid_scale(codes);
   fill_panels(codes, parallel);
 }
 
@@ -176,17 +178,13 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   }
   basis.resize(directions * dim);
   for (int64_t i = 0; i < directions * dim; ++i) basis[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
-  const int64_t step = (2 * directions + kernels().lanes - 1) / kernels().lanes * kernels().lanes;
-  directions_.assign((dim + 1) / 2 * step, 0.0f);
-  for (int j = 0; j < directions; ++j)
-    for (int64_t d = 0; d < dim; ++d) directions_[d / 2 * step + 2 * j + d % 2] = basis[j * dim + d];
-  plan.width = directions + 1;
+  plan.directions = directions;
   plan.dim = dim;
   centre_ = centre;
   double kept = 0;
   for (const float* row : sample) {
     PanelQuery query;
-    project(&row, 1, &query);
+    project(row, 0, 1, &query);
     for (int j = 0; j < directions; ++j) kept += (double)query.coordinate[j] * query.coordinate[j];
   }
   captured = total > 0 ? kept / total : 0;
@@ -197,8 +195,9 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
   rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
   plan.codes = codes.work().data;
   plan.ld = codes.work().ld;
-  plan.screen_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +
-                            4 * ops * (directions + 6) * kUnitRoundoff);
+  plan.row_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +
+                         4 * ops * (directions + 6) * kUnitRoundoff);
+  plan.code_rel = (float)(plan.row_rel + rest_rel + 1e-6);
   plan.full_rel = (float)(2 * per_sum + 8 * kUnitRoundoff);
   // Unit vectors carry their own rounding, and the contract's double rounding of the similarity shows as a distance too.
   plan.radius = codes.unit_vectors() ? (float)(8 * kUnitRoundoff + sqrt((dim + 8) * 0x1p-50)) : 0.0f;
@@ -209,7 +208,7 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
 void PanelBuild::find_grid(int64_t panel, const float* low, const float* high) {
   Grid& grid = grids_[panel];
   float extent[3] = {-1, -1, -1};
-  for (int j = 0; j < plan.width; ++j) {
+  for (int j = 0; j <= plan.directions; ++j) {
     const float e = high[j] - low[j];
     for (int i = 0; i < 3; ++i) {
       if (!(e > extent[i])) continue;
@@ -226,33 +225,26 @@ void PanelBuild::find_grid(int64_t panel, const float* low, const float* high) {
 
 int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bits) const {
   const Grid& grid = grids_[panel];
+  const int32_t last = (1 << bits) - 1;
   int32_t place = 0;
-  const int cells = 1 << bits;
   for (int i = 0; i < 3; ++i) {
-    const float at = (row.coordinate[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * cells;
-    int step = at > 0 ? at < (float)(cells - 1) ? (int)at : cells - 1 : 0;
-    if (place & 1) step = cells - 1 - step;  // there and back, so that neighbours in the order are neighbours in the box
-    place = (place << bits) | step;
+    const float at = (row.coordinate[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
+    const int32_t step = (int32_t)std::max(0.0f, std::min((float)last, at));
+    // There and back, so that neighbours in the order are neighbours in the box.
+    place = (place << bits) | (step ^ (-(place & 1) & last));
   }
   return place;
 }
 
-void PanelBuild::project(const float* const* rows, int n, PanelQuery* out) const {
-  PanelQuery* to[kRowsTogether];
-  for (int r = 0; r < n; ++r) to[r] = out + r;
-  kernels().project(rows, n, centre_, directions_.data(), plan.width - 1, plan.dim, rest_rel, to);
+void PanelBuild::project(const float* rows, int64_t ld, int64_t n, PanelQuery* out) const {
+  kernels().project(rows, ld, n, centre_, basis.data(), plan.directions, plan.dim, rest_rel, out);
 }
 
 void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
   const std::vector<int32_t>& searched = codes.searched();
   coordinates_.reset(new PanelQuery[searched.size()]);
   parallel((int64_t)searched.size(), 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kRowsTogether) {
-      const int n = (int)std::min<int64_t>(kRowsTogether, end - i);
-      const float* rows[kRowsTogether];
-      for (int r = 0; r < n; ++r) rows[r] = codes.work().row(searched[i + r]);
-      project(rows, n, &coordinates_[i]);
-    }
+    for (int64_t i = begin; i < end; ++i) project(codes.work().row(searched[i]), 0, 1, &coordinates_[i]);
   });
   // order: positions in `searched` of the codes within reach; turned into codes once the panels are filled.
   order.clear();
@@ -267,81 +259,112 @@ void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel
     tree.nodes[0] = {{0, 0}, INFINITY, 0, 0};
     return;
   }
-  Splitter(coordinates_.get(), order, plan.width).run(tree, 0, 0, panels, parallel, 0);
+  Splitter(coordinates_.get(), order, plan.directions + 1).run(tree, 0, 0, panels, parallel, 0);
   while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
 }
 
+// The grid spans the codes, but for a few that lie far out: they are clamped to it, which brings points closer, never apart.
+void PanelBuild::find_grid_scale(const Codes& codes) {
+  float widest = 0;
+  for (const int32_t at : order)
+    for (int j = 0; j <= plan.directions; ++j) widest = std::max(widest, fabsf(coordinates_[at].coordinate[j]));
+  const float ordinary = (float)(8 * sqrt(codes.typical_square()));
+  const float span = ordinary > 0 ? std::min(widest, ordinary) : widest;
+  plan.per_unit = span > 1e-15f ? kGrid / span : kGrid / 1e-15f;
+  plan.rounding = 2 * 0.503f * sqrtf((float)(plan.directions + 1));
+}
+
+namespace {
+
+// The least and the greatest of some points, pair by pair.
+struct Box {
+  int16_t low[2 * kMaxPairs], high[2 * kMaxPairs];
+  Box() {
+    std::fill_n(low, 2 * kMaxPairs, (int16_t)kGrid);
+    std::fill_n(high, 2 * kMaxPairs, (int16_t)-kGrid);
+  }
+  void add(const int16_t* least, const int16_t* greatest) {
+    for (int j = 0; j < 2 * kMaxPairs; ++j) {
+      low[j] = std::min(low[j], least[j]);
+      high[j] = std::max(high[j], greatest[j]);
+    }
+  }
+  // As the i-th of 16 boxes [pairs, 16].
+  void store(int pairs, int i, int32_t* to_low, int32_t* to_high) const {
+    for (int j = 0; j < pairs; ++j) {
+      memcpy(to_low + j * kPanelGroup + i, low + 2 * j, 4);
+      memcpy(to_high + j * kPanelGroup + i, high + 2 * j, 4);
+    }
+  }
+};
+
+}  // namespace
+
 void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
-  const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, width = plan.width;
+  const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, pairs = plan.directions / 2 + 1;
   const int64_t groups = (panels + kPanelGroup - 1) / kPanelGroup, blocks = (groups + kPanelGroup - 1) / kPanelGroup;
-  const int64_t box = width * kPanelGroup;
-  storage_.reset(new float[panels * kPanel * (width + 1) + (groups + blocks) * (2 * box + kPanelGroup)]);
-  float* values = storage_.get();
-  float* start = values + panels * kPanel * width;
-  float* low = start + panels * kPanel;
-  float* high = low + groups * box;
-  float* allowance = high + groups * box;
-  float* group_low = allowance + groups * kPanelGroup;
-  float* group_high = group_low + blocks * box;
-  float* group_allowance = group_high + blocks * box;
+  const int64_t box = pairs * kPanelGroup;
+  storage_ = aligned_ints(panels * kPanel * (pairs + 1) + (groups + blocks) * 2 * box);
+  int32_t* values = storage_.get();
+  int32_t* start = values + panels * kPanel * pairs;
+  int32_t* low = start + panels * kPanel;
+  int32_t* high = low + groups * box;
+  int32_t* group_low = high + groups * box;
+  int32_t* group_high = group_low + blocks * box;
   id_.assign(panels * kPanel, 0);
   grids_.resize(panels);
-  const float of_box = 2 * rest_rel + 4 * plan.screen_rel;
+  parallel((int64_t)codes.searched().size(), 2048, [&](int64_t begin, int64_t end) {
+    kernels().round_to_grid(plan.per_unit, plan.directions, &coordinates_[begin], end - begin);
+  });
+  std::vector<Box> group_box(blocks * kPanelGroup);
   parallel(groups, 4, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       for (int i = 0; i < kPanelGroup; ++i) {
-        float lo[kMaxBasis + 1], hi[kMaxBasis + 1], largest = 0;
-        std::fill(lo, lo + width, INFINITY);
-        std::fill(hi, hi + width, -INFINITY);
+        float lo[kMaxBasis + 1], hi[kMaxBasis + 1];
+        std::fill_n(lo, kMaxBasis + 1, INFINITY);
+        std::fill_n(hi, kMaxBasis + 1, -INFINITY);
+        Box all;
         const int64_t p = g * kPanelGroup + i;
         for (int lane = 0; lane < kPanel && p < panels; ++lane) {
           const int64_t at = p * kPanel + lane;
-          float* to = values + p * kPanel * width + lane;
+          int32_t* to = values + p * kPanel * pairs + lane;
           if (at >= (int64_t)order.size()) {
-            for (int64_t j = 0; j < width; ++j) to[j * kPanel] = 0.0f;
-            start[at] = INFINITY;
+            for (int64_t j = 0; j < pairs; ++j) to[j * kPanel] = 0;
+            start[at] = INT32_MAX;
             continue;
           }
           const PanelQuery& c = coordinates_[order[at]];
           id_[at] = codes.searched()[order[at]];
-          start[at] = nextafterf(0.5f * c.norm * (1.0f - 2.5f * plan.screen_rel), -INFINITY);
-          largest = std::max(largest, c.norm);
-          for (int64_t j = 0; j < width; ++j) {
-            to[j * kPanel] = c.coordinate[j];
+          int16_t point[2 * kMaxPairs], negated[2 * kMaxPairs];
+          memcpy(point, c.grid, sizeof(point));
+          int32_t square = 0;
+          for (int j = 0; j < 2 * pairs; ++j) {
+            square += (int32_t)point[j] * point[j];
+            negated[j] = (int16_t)-point[j];
+          }
+          start[at] = square >> 1;
+          for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, negated + 2 * j, 4);
+          all.add(point, point);
+          for (int j = 0; j <= plan.directions; ++j) {
             lo[j] = std::min(lo[j], c.coordinate[j]);
             hi[j] = std::max(hi[j], c.coordinate[j]);
           }
         }
-        for (int64_t j = 0; j < width; ++j) {
-          low[g * box + j * kPanelGroup + i] = lo[j];
-          high[g * box + j * kPanelGroup + i] = hi[j];
-        }
+        all.store((int)pairs, i, low + g * box, high + g * box);
+        group_box[g].add(all.low, all.high);
         if (p < panels) find_grid(p, lo, hi);
-        allowance[g * kPanelGroup + i] = of_box * largest;
       }
     }
   });
-  for (int64_t g = 0; g < blocks * kPanelGroup; ++g) {
-    const int64_t to = g / kPanelGroup * box + g % kPanelGroup;
-    float largest = 0;
-    for (int64_t j = 0; j < width; ++j) {
-      const float* lo = low + g * box + j * kPanelGroup;
-      const float* hi = high + g * box + j * kPanelGroup;
-      group_low[to + j * kPanelGroup] = g < groups ? *std::min_element(lo, lo + kPanelGroup) : INFINITY;
-      group_high[to + j * kPanelGroup] = g < groups ? *std::max_element(hi, hi + kPanelGroup) : -INFINITY;
-    }
-    if (g < groups) largest = *std::max_element(allowance + g * kPanelGroup, allowance + (g + 1) * kPanelGroup);
-    group_allowance[g] = largest;
-  }
+  for (int64_t g = 0; g < blocks * kPanelGroup; ++g)
+    group_box[g].store((int)pairs, (int)(g % kPanelGroup), group_low + g / kPanelGroup * box, group_high + g / kPanelGroup * box);
   plan.panels = values;
   plan.start = start;
   plan.id = id_.data();
   plan.low = low;
   plan.high = high;
-  plan.allowance = allowance;
   plan.group_low = group_low;
   plan.group_high = group_high;
-  plan.group_allowance = group_allowance;
   plan.panels_count = panels;
   plan.groups_count = groups;
   for (int32_t& at : order) at = codes.searched()[at];

@@ -8,6 +8,8 @@ namespace vqfast {
 constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
 constexpr int kMaxBasis = 8;     // principal directions at most; one more coordinate holds the norm of the rest
+constexpr int kMaxPairs = (kMaxBasis + 2) / 2;  // coordinates two by two, the last one 0
+constexpr int kGrid = 7000;      // coordinates are integers of -kGrid..kGrid: 10 (2 kGrid)^2 < 2^31
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
 
@@ -43,23 +45,24 @@ struct DensePlan {
   int64_t dim;
 };
 
-// Codes in panels by a k-d order of their principal coordinates: the pruned road.
+// Codes in panels by a k-d order of their principal coordinates: the pruned road. Coordinates are integers in units of a grid, clamped
+// to it, in pairs of int16 that share an int32.
 struct PanelPlan {
-  const float* panels;     // [P, width, 32] principal coordinates and the norm of the rest
-  const float* start;      // [P, 32] |c|^2 / 2 less the allowance; +inf for padding
+  const int32_t* panels;   // [P, pairs, 32] negated coordinates: principal ones and the norm of the rest
+  const int32_t* start;    // [P, 32] half their square, rounded down; INT32_MAX for padding
   const int32_t* id;       // [P, 32] original index
-  const float* low;        // [P16, width, 16] boxes of the panels, P16 groups of 16
-  const float* high;
-  const float* allowance;  // [P16, 16] rounding allowance of each panel, in squared distance
-  const float* group_low;  // [Q16, width, 16] boxes of the groups
-  const float* group_high;
-  const float* group_allowance;  // [Q16, 16]
+  const int32_t* low;      // [P16, pairs, 16] boxes of the panels, P16 groups of 16
+  const int32_t* high;
+  const int32_t* group_low;  // [Q16, pairs, 16] boxes of the groups
+  const int32_t* group_high;
   int64_t panels_count, groups_count;
-  int width;               // basis + 1
+  int directions;          // 4 or 8
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
   int64_t ld;
   int64_t dim;
-  float screen_rel;        // screened score may err by screen_rel * (|x|^2 + |c|^2)
+  float per_unit;          // grid steps per unit of a coordinate
+  float rounding;          // grid steps by which the distance of two rounded points may exceed that of the points themselves
+  float row_rel, code_rel;  // a squared distance of coordinates may exceed the true one by row_rel |x|^2 + code_rel |c|^2 + excess
   float full_rel;          // full distance may err by this factor ...
   float radius;            // ... and by this absolute distance (unit vectors only)
   float tiny;              // absolute slack for underflow
@@ -69,9 +72,11 @@ struct PanelCounts {       // what a search did; for the choice of road, tests a
   int64_t rows, groups, panels, evaluations, candidates;
 };
 
-struct PanelQuery {        // per row, filled by project()
+struct PanelQuery {        // per row or code, filled by project()
   float coordinate[kMaxBasis + 1];
   float norm;              // |x - centre|^2
+  float excess;            // what the coordinates' squares exceed it by, 0 at least
+  int32_t grid[kMaxPairs];  // pairs of int16; filled where there is a grid
 };
 
 // The functions of one SIMD level.
@@ -89,10 +94,11 @@ struct Kernels {
   void (*panels)(const PanelPlan&, const ExactCodes&, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
                  const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
                  double* score, int64_t* index, PanelCounts* counts);
-  // Coordinates of n rows along `count` directions (4 or 8), which lie side by side: [dim / 2 rounded up, 2 * count rounded up to
-  // whole vectors] in the order (direction, dimension even or odd). rest_rel widens the norm of the rest.
-  void (*project)(const float* const* rows, int n, const float* centre, const float* directions, int count, int64_t dim,
-                  float rest_rel, PanelQuery* const* out);
+  // Coordinates of n rows along `count` directions (4 or 8) [count, dim]. rest_rel widens the norm of the rest.
+  void (*project)(const float* rows, int64_t ld, int64_t n, const float* centre, const float* directions, int count, int64_t dim,
+                  float rest_rel, PanelQuery* out);
+  // grid of n points from their coordinates
+  void (*round_to_grid)(float per_unit, int directions, PanelQuery* points, int64_t n);
   // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d)
   void (*apply_covariance)(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out);
   // hash of the values of a row (equal values, equal hash); norm of (row - centre) in float; finite or not
@@ -103,12 +109,13 @@ struct Kernels {
 };
 
 const Kernels& kernels();          // of the level in use
-int level_supported();             // 0 scalar, 1 avx2, 2 avx512
+int level_supported();             // 0 scalar, 1 avx2, 2 avx512, 3 avx512vnni
 int level();
 void set_level(int level);
 
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512vnni();
 
 }  // namespace vqfast

@@ -192,66 +192,59 @@ inline float direction_dot(const float* row, const float* centre, const float* d
   return sum(add(s0, s1));
 }
 
-// Coordinates of kTogether rows: centred values two by two against all directions, which lie side by side in the order (direction,
-// dimension even or odd). So a coordinate is two sums, over the even and the odd dimensions.
-constexpr int kTogether = W == 16 ? 8 : 4;  // sums enough to keep the multipliers busy
+inline void direction_sums(const V (&y)[4], float* out) { four_sums(y, out); }
+inline void direction_sums(const V (&y)[8], float* out) { eight_sums(y, out); }
 
 template <int kDirections>
-inline void project_rows(const float* const* rows, const float* centre, const float* directions, int64_t dim, float rest_rel,
-                         PanelQuery* const* out, int n) {
-  constexpr int kVectors = (2 * kDirections + W - 1) / W, kStep = kVectors * W;
-  float centred[kTogether][kMaxPanelDim + 1], norm[kTogether];
-  for (int r = 0; r < kTogether; ++r) {
-    const float* row = rows[r < n ? r : 0];
-    V square = set(0);
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) {
-      const V x = sub(load(row + d), load(centre + d));
-      store(centred[r] + d, x);
-      square = fma(x, x, square);
-    }
-    if (d < dim) {
-      const V x = sub(load_part(row + d, (int)(dim - d)), load_part(centre + d, (int)(dim - d)));
-      store_part(centred[r] + d, x, (int)(dim - d));
-      square = fma(x, x, square);
-    }
-    norm[r] = sum(square);
-    centred[r][dim] = 0.0f;
-  }
-  V y[kTogether][kVectors];
+inline void project_row(const float* row, const float* centre, const float* directions, int64_t dim, float rest_rel, PanelQuery* out) {
+  V square = set(0), y[kDirections];
 #pragma GCC unroll 8
-  for (int r = 0; r < kTogether; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) y[r][v] = set(0);
-  }
-  for (int64_t d = 0; d < dim; d += 2) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const V direction = load(directions + d / 2 * kStep + v * W);
+  for (int j = 0; j < kDirections; ++j) y[j] = set(0);
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    const V x = sub(load(row + d), load(centre + d));
+    square = fma(x, x, square);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTogether; ++r) y[r][v] = fma(set_pair(centred[r] + d), direction, y[r][v]);
-    }
+    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load(directions + j * dim + d), y[j]);
   }
-  for (int r = 0; r < n; ++r) {
-    float halves[kStep], kept = 0;
-    for (int v = 0; v < kVectors; ++v) store(halves + v * W, y[r][v]);
-    for (int j = 0; j < kDirections; ++j) {
-      const float coordinate = halves[2 * j] + halves[2 * j + 1];
-      out[r]->coordinate[j] = coordinate;
-      kept += coordinate * coordinate;
-    }
-    const float rest = norm[r] * (1.0f + rest_rel) - kept;
-    out[r]->coordinate[kDirections] = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
-    out[r]->norm = norm[r];
+  if (d < dim) {
+    const int n = (int)(dim - d);
+    const V x = sub(load_part(row + d, n), load_part(centre + d, n));
+    square = fma(x, x, square);
+#pragma GCC unroll 8
+    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load_part(directions + j * dim + d, n), y[j]);
+  }
+  direction_sums(y, out->coordinate);
+  float kept = 0;
+#pragma GCC unroll 8
+  for (int j = 0; j < kDirections; ++j) kept += out->coordinate[j] * out->coordinate[j];
+  const float norm = sum(square), rest = norm * (1.0f + rest_rel) - kept;
+  const float length = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
+  const float total = kept + length * length;
+  out->coordinate[kDirections] = length;
+  out->norm = norm;
+  out->excess = total > norm ? total - norm : 0.0f;
+}
+
+void project(const float* rows, int64_t ld, int64_t n, const float* centre, const float* directions, int count, int64_t dim,
+             float rest_rel, PanelQuery* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (count == 4) project_row<4>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
+    else project_row<8>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
   }
 }
 
-void project(const float* const* rows, int n, const float* centre, const float* directions, int count, int64_t dim, float rest_rel,
-             PanelQuery* const* out) {
-  for (int r = 0; r < n; r += kTogether) {
-    const int used = n - r < kTogether ? n - r : kTogether;
-    if (count == 4) project_rows<4>(rows + r, centre, directions, dim, rest_rel, out + r, used);
-    else project_rows<8>(rows + r, centre, directions, dim, rest_rel, out + r, used);
+void round_to_grid(float per_unit, int directions, PanelQuery* points, int64_t n) {
+  constexpr int kPlaces = (2 * kMaxPairs + W - 1) / W * W;
+  int16_t rounded[kPlaces];
+  const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(per_unit);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int j = 0; j < kPlaces; j += W) {  // places after the coordinates hold 0
+      const int left = directions + 1 - j;
+      const V at = left >= W ? load(points[i].coordinate + j) : load_part(points[i].coordinate + j, left > 0 ? left : 0);
+      store_rounded(rounded + j, max(min(mul(at, scale), most), least));
+    }
+    __builtin_memcpy(points[i].grid, rounded, sizeof(points[i].grid));
   }
 }
 
@@ -308,4 +301,4 @@ void accumulate(double* total, const float* row, int64_t dim) {
 }
 
 constexpr Kernels kTable = {W,       kRows,            kOpsPerTerm,  dense,   settle_rows, panels,
-                            project, apply_covariance, inspect, centred_norm, accumulate};
+                            project, round_to_grid, apply_covariance, inspect, centred_norm, accumulate};

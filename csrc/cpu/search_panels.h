@@ -2,12 +2,12 @@
 //
 // Rows are searched kBatchRows at a time, in steps: a first bound for each row from its home panel, boxes that say which panels to
 // visit, principal coordinates that say which of their codes survive, distances in float32 of those, and the contract's formula
-// for what is then still in reach. Each step is taken for many rows before the next, because a branch that waits for a step's
-// result would stop the processor from overlapping the rows.
+// for what is then still in reach. Each step is taken for all rows of a batch before the next: a branch that waits for a step's
+// result would stop the processor from overlapping the rows, but by the time all rows have taken a step the first results are there.
 
 constexpr int kBatchRows = 32;
 constexpr int kPairs = 4;       // distances that are computed side by side
-constexpr int kChunk = 16;      // panels that are screened before their survivors are listed
+constexpr int kChunk = 16;      // visits that are screened before their survivors are listed
 constexpr int kEnough = 64;     // survivors that are evaluated together
 
 inline void fetch(const void* from, int64_t bytes) {
@@ -15,36 +15,52 @@ inline void fetch(const void* from, int64_t bytes) {
 }
 
 struct Survivor {
-  int32_t row, code;
-  float score;
+  int32_t row, code, score;
 };
 
-// kNear rows make a tile: they lie close together and visit the same panels.
-template <int kWidth, int kNear>
+struct Visit {
+  int32_t tile, panel;
+};
+
+// kNear rows make a tile: they lie close together and visit the same panels. kTwos: pairs of coordinates.
+template <int kTwos, int kNear>
 struct Batch {
   static constexpr int kTiles = kBatchRows / kNear;
   const PanelPlan* plan;
   const ExactCodes* exact;
-  int rows;
+  int rows, tiles;
   int32_t home[kTiles];                // the panel that a row of the tile falls into
-  float q[kTiles][kWidth * kNear];     // coordinates [kWidth, kNear] of each tile
-  float screen_limit[kBatchRows];      // a screened score under it survives
-  float box_limit[kBatchRows];         // a box nearer than it is visited
+  alignas(64) int32_t q[kTwos][kBatchRows];  // pairs of coordinates of the rows
+  int32_t screen_limit[kBatchRows];    // a screened score up to it survives
+  int32_t box_limit[kBatchRows];       // a box up to this squared distance is visited
+  int32_t square[kBatchRows];          // of the coordinates
   float upper[kBatchRows];             // upper bound of the smallest squared distance
-  float norm[kBatchRows], slack[kBatchRows], excess[kBatchRows];  // of each row, in squared distance
-  int32_t first[kBatchRows];           // code that was evaluated before the panels; -1: none
+  float norm[kBatchRows], length[kBatchRows];  // |x - centre|^2 and its root
+  float excess[kBatchRows];            // what a row adds to squared distances of coordinates
+  int32_t first[kBatchRows];           // code that is evaluated before the panels; -1: none
   const float* x[kBatchRows];          // what distances subtract codes from
   Row row[kBatchRows];
+  Visit visit[kChunk + kPanelGroup];   // that wait for the screen
+  int visits;
   Survivor survivor[kEnough + kChunk * kNear * kPanel];
   int survivors;
   PanelCounts counts;
 };
 
-template <int kWidth, int kNear>
-inline void set_limits(Batch<kWidth, kNear>& b, int r) {
-  b.screen_limit[r] = 0.5f * (b.upper[r] - b.norm[r]) + b.slack[r];
-  // 64 roundings of the box distance at most.
-  b.box_limit[r] = (b.upper[r] + b.excess[r] + b.slack[r]) * (1.0f + 64.0f * 6e-8f);
+// What squared distances of grid points may be where the true one is `upper` at most. None of them reaches kNoLimit.
+constexpr float kNoLimit = 2147483520.0f;
+inline int32_t grid_limit(const PanelPlan& plan, float upper, float length, float excess) {
+  const float code = length + __builtin_sqrtf(upper);  // |c| <= |x| + |x - c|
+  const float far = upper + excess + plan.code_rel * code * code;
+  const float steps = __builtin_sqrtf(far) * plan.per_unit + plan.rounding;
+  const float limit = steps * steps * (1.0f + 2e-6f) + 1.0f;
+  return (int32_t)(limit < kNoLimit ? limit : kNoLimit);
+}
+
+template <int kTwos, int kNear>
+inline void set_limits(Batch<kTwos, kNear>& b, int r) {
+  b.box_limit[r] = grid_limit(*b.plan, b.upper[r], b.length[r], b.excess[r]);
+  b.screen_limit[r] = (b.box_limit[r] - b.square[r]) >> 1;  // rounded down
 }
 
 inline float with_slack(const PanelPlan& plan, float upper) { return upper * (1.0f + 2e-7f) + plan.tiny; }
@@ -72,8 +88,7 @@ inline void full_distances(const float* const* x, const float* const* c, int64_t
       total[j] = fma(t, t, total[j]);
     }
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < kPairs; ++j) out[j] = sum(total[j]);
+  four_sums(total, out);
 }
 
 // Lower and upper bound of the true squared distance where float32 gives `square`.
@@ -91,8 +106,8 @@ inline void full_bounds(const PanelPlan& plan, float square, float* low, float* 
 }
 
 // Up to kPairs codes, of the rows named: candidates unless their lower bound is over the best upper bound.
-template <int kWidth, int kNear>
-inline void evaluate(Batch<kWidth, kNear>& b, const int32_t* row, const int32_t* code, int n) {
+template <int kTwos, int kNear>
+inline void evaluate(Batch<kTwos, kNear>& b, const int32_t* row, const int32_t* code, int n) {
   const PanelPlan& plan = *b.plan;
   const float *x[kPairs], *c[kPairs];
   float square[kPairs], low[kPairs], high[kPairs];
@@ -123,8 +138,8 @@ inline void evaluate(Batch<kWidth, kNear>& b, const int32_t* row, const int32_t*
 }
 
 // Evaluates the survivors in the order they came; a better bound rules out some that still wait.
-template <int kWidth, int kNear>
-__attribute__((noinline)) void evaluate_survivors(Batch<kWidth, kNear>& b) {
+template <int kTwos, int kNear>
+__attribute__((noinline)) void evaluate_survivors(Batch<kTwos, kNear>& b) {
   for (int i = 0; i < b.survivors;) {
     int32_t row[kPairs], code[kPairs];
     int n = 0;
@@ -132,7 +147,7 @@ __attribute__((noinline)) void evaluate_survivors(Batch<kWidth, kNear>& b) {
       const Survivor& s = b.survivor[i];
       row[n] = s.row;
       code[n] = s.code;
-      n += s.score < b.screen_limit[s.row];
+      n += s.score <= b.screen_limit[s.row];
     }
     if (n) evaluate(b, row, code, n);
   }
@@ -141,16 +156,31 @@ __attribute__((noinline)) void evaluate_survivors(Batch<kWidth, kNear>& b) {
 
 // ---- first bounds ------------------------------------------------------------------------------------------------------------
 
-template <int kWidth, int kNear>
-inline void start_row(Batch<kWidth, kNear>& b, int r, const float* exact, const float* x, const PanelQuery& query) {
-  float square = 0;
-  for (int j = 0; j < kWidth; ++j) {
-    b.q[r / kNear][j * kNear + r % kNear] = query.coordinate[j];
-    square += query.coordinate[j] * query.coordinate[j];
+// Scores of kUnit codes for the rows of a tile: half the squared distance of grid points less half the row's own square, rounded down.
+template <int kTwos, int kNear>
+inline __attribute__((always_inline)) void score_on_grid(const int32_t* codes, const int32_t* start, const int32_t* rows,
+                                                         I (&a)[kNear], I (&c)[kNear]) {
+  const I s0 = iload(start), s1 = iload(start + W);
+#pragma GCC unroll 8
+  for (int r = 0; r < kNear; ++r) a[r] = s0, c[r] = s1;
+#pragma GCC unroll 8
+  for (int j = 0; j < kTwos; ++j) {
+    const I c0 = iload(codes + j * kPanel), c1 = iload(codes + j * kPanel + W);
+#pragma GCC unroll 8
+    for (int r = 0; r < kNear; ++r) {
+      const I q = iset(rows[j * kBatchRows + r]);
+      a[r] = add_dots(a[r], q, c0);
+      c[r] = add_dots(c[r], q, c1);
+    }
   }
+}
+
+template <int kTwos, int kNear>
+inline void start_row(Batch<kTwos, kNear>& b, int r, const float* exact, const float* x, const PanelQuery& query) {
+#pragma GCC unroll 8
+  for (int j = 0; j < kTwos; ++j) b.q[j][r] = query.grid[j];
   b.norm[r] = query.norm;
-  b.slack[r] = b.plan->screen_rel * query.norm + b.plan->tiny;
-  b.excess[r] = square > query.norm ? square - query.norm : 0.0f;
+  b.excess[r] = query.excess;
   b.upper[r] = __builtin_huge_valf();
   b.first[r] = -1;
   b.x[r] = x;
@@ -158,214 +188,310 @@ inline void start_row(Batch<kWidth, kNear>& b, int r, const float* exact, const 
   b.row[r].best = __builtin_inf();
   b.row[r].index = INT64_MAX;
   b.row[r].count = 0;
-  set_limits(b, r);
 }
 
 // A place without a row: it visits nothing and collects nothing.
-template <int kWidth, int kNear>
-inline void start_empty(Batch<kWidth, kNear>& b, int r) {
-  for (int j = 0; j < kWidth; ++j) b.q[r / kNear][j * kNear + r % kNear] = 0.0f;
-  b.screen_limit[r] = b.box_limit[r] = -__builtin_huge_valf();
+template <int kTwos, int kNear>
+inline void start_empty(Batch<kTwos, kNear>& b, int r) {
+  for (int j = 0; j < kTwos; ++j) b.q[j][r] = 0;
+  b.norm[r] = b.excess[r] = 0.0f;
+  b.box_limit[r] = b.screen_limit[r] = INT32_MIN;
   b.row[r].count = 0;
 }
 
+// What follows from the coordinates and norms of all rows.
+template <int kTwos, int kNear>
+inline void measure_rows(Batch<kTwos, kNear>& b) {
+  for (int r = 0; r < kBatchRows; r += W) {
+    I square = iset(0);
+    for (int j = 0; j < kTwos; ++j) square = add_dots(square, iload(b.q[j] + r), iload(b.q[j] + r));
+    istore(b.square + r, square);
+    const V norm = load(b.norm + r);
+    store(b.length + r, mul(root(norm), set(1.0f + 2e-6f)));
+    store(b.excess + r, add(fma(norm, set(b.plan->row_rel), load(b.excess + r)), set(b.plan->tiny)));
+  }
+}
+
 // The most promising code of one panel for every row of a tile.
-template <int kWidth, int kNear>
-inline void choose_first(Batch<kWidth, kNear>& b, int tile, int64_t panel) {
+template <int kTwos, int kNear>
+inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t panel) {
   const PanelPlan& plan = *b.plan;
-  float best[kNear];
-  for (int r = 0; r < kNear; ++r) best[r] = __builtin_huge_valf();
+  int32_t best[kNear];
+  for (int r = 0; r < kNear; ++r) best[r] = INT32_MAX;
   for (int u = 0; u < kPanel; u += kUnit) {
-    V a[kNear], c[kNear];
-    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, b.q[tile], kWidth, a, c);
+    I a[kNear], c[kNear];
+    score_on_grid<kTwos, kNear>(plan.panels + panel * kTwos * kPanel + u, plan.start + panel * kPanel + u, b.q[0] + tile * kNear, a, c);
 #pragma GCC unroll 8
     for (int r = 0; r < kNear; ++r) {
-      const float least = smallest(min(a[r], c[r]));
-      const uint32_t lanes = equal(a[r], set(least)) | (equal(c[r], set(least)) << W);
-      if (kUnit < kPanel && !(least < best[r])) continue;
+      const int32_t least = ismallest(imin(a[r], c[r]));
+      const uint32_t lanes = iequal(a[r], iset(least)) | (iequal(c[r], iset(least)) << W);
+      if (!(least < best[r])) continue;
       best[r] = least;
       b.first[tile * kNear + r] = plan.id[panel * kPanel + u + __builtin_ctz(lanes)];
     }
   }
 }
 
-// Evaluates the first code of every row that has one.
-template <int kWidth, int kNear>
-inline void evaluate_first(Batch<kWidth, kNear>& b) {
-  int32_t row[kPairs], code[kPairs];
-  int n = 0;
-  for (int r = 0; r < b.rows; ++r) {
-    row[n] = r;
-    code[n] = b.first[r];
-    n += b.first[r] >= 0;
-    if (n < kPairs && r + 1 < b.rows) continue;
-    if (n) evaluate(b, row, code, n);
-    n = 0;
+// Evaluates the first code of every row that has one: the only candidate so far.
+template <int kTwos, int kNear>
+inline void evaluate_first(Batch<kTwos, kNear>& b) {
+  const PanelPlan& plan = *b.plan;
+  for (int r0 = 0; r0 < b.rows; r0 += kPairs) {
+    const float *x[kPairs], *c[kPairs];
+    float square[kPairs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      const int r = r0 + j < b.rows ? r0 + j : r0;
+      x[j] = b.x[r];
+      c[j] = plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld;
+    }
+    full_distances(x, c, plan.dim, square);
+    for (int j = 0; j < kPairs && r0 + j < b.rows; ++j) {
+      const int r = r0 + j;
+      const bool some = b.first[r] >= 0;
+      float low, high;
+      full_bounds(plan, square[j], &low, &high);
+      b.upper[r] = some ? high : __builtin_huge_valf();
+      b.row[r].candidate[0] = b.first[r];
+      b.row[r].score[0] = low;
+      b.row[r].count = some;
+    }
   }
+  b.counts.evaluations += b.rows;
+  for (int r = 0; r < b.rows; ++r) set_limits(b, r);
 }
 
 // ---- panels ------------------------------------------------------------------------------------------------------------------
 
 // Which of 16 boxes lie nearer to some row of the tile than that row's limit.
-template <int kWidth, int kNear>
-inline uint32_t near_boxes(const float* low, const float* high, const float* allowance, const Batch<kWidth, kNear>& b, int tile) {
+template <int kTwos, int kNear>
+inline uint32_t near_boxes(const int32_t* low, const int32_t* high, const Batch<kTwos, kNear>& b, int tile) {
   uint32_t near = 0;
   for (int u = 0; u < kPanelGroup; u += W) {
-    V acc[kNear];
-    const V start = sub(set(0), load(allowance + u));
+    I acc[kNear];
 #pragma GCC unroll 8
-    for (int r = 0; r < kNear; ++r) acc[r] = start;
-    for (int j = 0; j < kWidth; ++j) {
-      const V lo = load(low + j * kPanelGroup + u), hi = load(high + j * kPanelGroup + u);
+    for (int r = 0; r < kNear; ++r) acc[r] = iset(0);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTwos; ++j) {
+      const I lo = iload(low + j * kPanelGroup + u), hi = iload(high + j * kPanelGroup + u);
 #pragma GCC unroll 8
       for (int r = 0; r < kNear; ++r) {
-        const V q = set(b.q[tile][j * kNear + r]);
-        const V out = max(max(sub(lo, q), sub(q, hi)), set(0));
-        acc[r] = fma(out, out, acc[r]);
+        const I q = iset(b.q[j][tile * kNear + r]);
+        const I out = isub_pairs(q, imax_pairs(imin_pairs(q, hi), lo));
+        acc[r] = add_dots(acc[r], out, out);
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kNear; ++r) near |= less(acc[r], set(b.box_limit[tile * kNear + r])) << u;
+    for (int r = 0; r < kNear; ++r) near |= at_most(acc[r], iset(b.box_limit[tile * kNear + r])) << u;
   }
   return near;
 }
 
-// Panels on their way through the screen: all scores, and which codes are under the rows' limits.
+// Visits on their way through the screen: all scores, and which codes are under the rows' limits.
 template <int kNear>
 struct Screened {
-  float score[kChunk][kNear][kPanel];
+  alignas(64) int32_t score[kChunk][kNear][kPanel];
   uint32_t lanes[kChunk * kNear];
 };
 
-// No branch here, so that panels overlap in the processor.
-template <int kWidth, int kNear>
-inline void screen_panel(const Batch<kWidth, kNear>& b, int tile, int64_t panel, int place, Screened<kNear>* out) {
+// No branch here, so that visits overlap in the processor.
+template <int kTwos, int kNear>
+inline void screen_panel(const Batch<kTwos, kNear>& b, int tile, int64_t panel, int place, Screened<kNear>* out) {
   const PanelPlan& plan = *b.plan;
   uint32_t lanes[kNear] = {};
   for (int u = 0; u < kPanel; u += kUnit) {
-    V a[kNear], c[kNear];
-    score_unit(plan.panels + panel * kWidth * kPanel + u, plan.start + panel * kPanel + u, b.q[tile], kWidth, a, c);
+    I a[kNear], c[kNear];
+    score_on_grid<kTwos, kNear>(plan.panels + panel * kTwos * kPanel + u, plan.start + panel * kPanel + u, b.q[0] + tile * kNear, a, c);
 #pragma GCC unroll 8
     for (int r = 0; r < kNear; ++r) {
-      const V limit = set(b.screen_limit[tile * kNear + r]);
-      store(out->score[place][r] + u, a[r]);
-      store(out->score[place][r] + u + W, c[r]);
-      lanes[r] |= (less(a[r], limit) | (less(c[r], limit) << W)) << u;
+      const I limit = iset(b.screen_limit[tile * kNear + r]);
+      istore(out->score[place][r] + u, a[r]);
+      istore(out->score[place][r] + u + W, c[r]);
+      lanes[r] |= (at_most(a[r], limit) | (at_most(c[r], limit) << W)) << u;
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kNear; ++r) out->lanes[place * kNear + r] = lanes[r];
 }
 
-// Screens up to kChunk panels for one tile and lists what survives; its codes are on their way from memory when it is evaluated.
-template <int kWidth, int kNear>
-__attribute__((noinline)) void screen_panels(Batch<kWidth, kNear>& b, int tile, const int32_t* panels, int count) {
+// Screens up to kChunk visits and lists what survives; its codes are on their way from memory when it is evaluated.
+template <int kTwos, int kNear>
+__attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, const Visit* visit, int count) {
   const PanelPlan& plan = *b.plan;
   const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
   Screened<kNear> screened;
-  for (int i = 0; i < count; ++i) screen_panel<kWidth, kNear>(b, tile, panels[i], i, &screened);
-  b.counts.panels += (int64_t)count * (b.rows - tile * kNear < kNear ? b.rows - tile * kNear : kNear);
-  int32_t some[kChunk * kNear + 1];  // of screened.lanes: those that are not empty
-  int n = 0, survivors = 0;
-  for (int i = 0; i < count * kNear; ++i) {
-    some[n] = i;
-    n += screened.lanes[i] != 0;
-    survivors += __builtin_popcount(screened.lanes[i]);
-  }
-  some[n] = 0;
-  const int32_t* at = some;
-  uint32_t lanes = screened.lanes[*at];
+  for (int i = 0; i < count; ++i) screen_panel<kTwos, kNear>(b, visit[i].tile, visit[i].panel, i, &screened);
+  for (int i = count * kNear; i < kChunk * kNear; ++i) screened.lanes[i] = 0;
   Survivor* out = b.survivor + b.survivors;
-  for (int i = 0; i < survivors; ++i) {  // one loop over all of them: its branches are foreseen
-    const int lane = __builtin_ctz(lanes), place = *at / kNear, r = *at % kNear;
-    const int32_t code = plan.id[(int64_t)panels[place] * kPanel + lane];
-    fetch(plan.codes + (int64_t)code * plan.ld, bytes);
-    *out = {tile * kNear + r, code, screened.score[place][r][lane]};
-    out += code != b.first[tile * kNear + r];
-    lanes &= lanes - 1;
-    at += lanes == 0;
-    lanes = lanes ? lanes : screened.lanes[*at];
+  for (uint64_t some = not_zero<kChunk * kNear>(screened.lanes); some; some &= some - 1) {
+    const int at = __builtin_ctzll(some), place = at / kNear, r = at % kNear, row = visit[place].tile * kNear + r;
+    const int32_t* id = plan.id + (int64_t)visit[place].panel * kPanel;
+    for (uint32_t lanes = screened.lanes[at]; lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      fetch(plan.codes + (int64_t)id[lane] * plan.ld, bytes);
+      *out = {row, id[lane], screened.score[place][r][lane]};
+      out += id[lane] != b.first[row];
+    }
   }
   b.survivors = (int)(out - b.survivor);
   if (b.survivors >= kEnough) evaluate_survivors(b);
 }
 
-// Panels that one tile is about to screen.
-struct Queue {
-  int32_t panels[kChunk + kPanelGroup];
-  int count;
-};
-
 // Adds the panels of a group whose boxes are in reach of a row of the tile.
-template <int kWidth, int kNear>
-inline void queue_panels(Batch<kWidth, kNear>& b, int tile, int64_t group, uint32_t near, Queue* queue) {
-  for (; near; near &= near - 1) queue->panels[queue->count++] = (int32_t)(group * kPanelGroup) + __builtin_ctz(near);
-  if (queue->count < kChunk) return;
-  screen_panels<kWidth, kNear>(b, tile, queue->panels, kChunk);
-  queue->count -= kChunk;
-  for (int i = 0; i < queue->count; ++i) queue->panels[i] = queue->panels[kChunk + i];
+template <int kTwos, int kNear>
+inline void add_visits(Batch<kTwos, kNear>& b, int tile, int64_t group, uint32_t near) {
+  for (; near; near &= near - 1) b.visit[b.visits++] = {tile, (int32_t)(group * kPanelGroup) + __builtin_ctz(near)};
+  if (b.visits < kChunk) return;
+  screen_visits<kTwos, kNear>(b, b.visit, kChunk);
+  b.visits -= kChunk;
+  for (int i = 0; i < b.visits; ++i) b.visit[i] = b.visit[kChunk + i];
 }
 
-template <int kWidth, int kNear>
-inline uint32_t near_panels(const Batch<kWidth, kNear>& b, int tile, int64_t group) {
-  const int64_t box = (int64_t)kWidth * kPanelGroup;
-  return near_boxes<kWidth, kNear>(b.plan->low + group * box, b.plan->high + group * box, b.plan->allowance + group * kPanelGroup, b,
-                                   tile);
+template <int kTwos, int kNear>
+inline void finish_visits(Batch<kTwos, kNear>& b) {
+  if (b.visits) screen_visits<kTwos, kNear>(b, b.visit, b.visits);
+  b.visits = 0;
+  evaluate_survivors(b);
 }
 
-// The panels around a tile's home, where most rows have their nearest code.
-template <int kWidth, int kNear>
-inline void visit_home(Batch<kWidth, kNear>& b, int tile) {
-  Queue queue;
-  queue.count = 0;
-  const int64_t group = b.home[tile] / kPanelGroup;
-  queue_panels<kWidth, kNear>(b, tile, group, near_panels<kWidth, kNear>(b, tile, group), &queue);
-  if (queue.count) screen_panels<kWidth, kNear>(b, tile, queue.panels, queue.count);
+// The first `count` of 16, which may be all: the last boxes of a group may hold nothing.
+inline uint32_t first_of_16(int64_t count) { return count < kPanelGroup ? (1u << count) - 1 : (1u << kPanelGroup) - 1; }
+
+template <int kTwos, int kNear>
+inline uint32_t near_panels(const Batch<kTwos, kNear>& b, int tile, int64_t group) {
+  const int64_t box = (int64_t)kTwos * kPanelGroup;
+  return near_boxes<kTwos, kNear>(b.plan->low + group * box, b.plan->high + group * box, b, tile) &
+         first_of_16(b.plan->panels_count - group * kPanelGroup);
 }
 
-// All others.
-template <int kWidth, int kNear>
-inline void visit_others(Batch<kWidth, kNear>& b, int tile) {
-  const PanelPlan& plan = *b.plan;
-  const int64_t box = (int64_t)kWidth * kPanelGroup, home = b.home[tile] / kPanelGroup;
-  Queue queue;
-  queue.count = 0;
-  for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
-    uint32_t groups = near_boxes<kWidth, kNear>(plan.group_low + block * box, plan.group_high + block * box,
-                                                plan.group_allowance + block * kPanelGroup, b, tile);
-    if (block == home / kPanelGroup) groups &= ~(1u << home % kPanelGroup);
-    int32_t group[kPanelGroup];
-    uint32_t near[kPanelGroup];
-    int some = 0;
-    for (; groups; groups &= groups - 1) group[some++] = (int32_t)(block * kPanelGroup) + __builtin_ctz(groups);
-    b.counts.groups += some;
-    for (int i = 0; i < some; ++i) near[i] = near_panels<kWidth, kNear>(b, tile, group[i]);
-    for (int i = 0; i < some; ++i) queue_panels<kWidth, kNear>(b, tile, group[i], near[i], &queue);
+template <int kTwos, int kNear>
+inline int rows_of_tile(const Batch<kTwos, kNear>& b, int tile) {
+  return b.rows - tile * kNear < kNear ? b.rows - tile * kNear : kNear;
+}
+
+// The panels around each tile's home, where most rows have their nearest code.
+template <int kTwos, int kNear>
+inline void visit_home(Batch<kTwos, kNear>& b) {
+  uint32_t near[b.kTiles];
+  for (int t = 0; t < b.tiles; ++t) near[t] = near_panels<kTwos, kNear>(b, t, b.home[t] / kPanelGroup);
+  for (int t = 0; t < b.tiles; ++t) {
+    b.counts.panels += (int64_t)__builtin_popcount(near[t]) * rows_of_tile(b, t);
+    add_visits<kTwos, kNear>(b, t, b.home[t] / kPanelGroup, near[t]);
   }
-  if (queue.count) screen_panels<kWidth, kNear>(b, tile, queue.panels, queue.count);
+  finish_visits(b);
 }
 
-template <int kWidth, int kNear>
+// All others: groups first, then the panels of those in reach.
+template <int kTwos, int kNear>
+inline void visit_others(Batch<kTwos, kNear>& b) {
+  const PanelPlan& plan = *b.plan;
+  const int64_t box = (int64_t)kTwos * kPanelGroup;
+  for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
+    uint32_t groups[b.kTiles];
+    for (int t = 0; t < b.tiles; ++t) {
+      const int64_t home = b.home[t] / kPanelGroup;
+      groups[t] = near_boxes<kTwos, kNear>(plan.group_low + block * box, plan.group_high + block * box, b, t) &
+                  first_of_16(plan.groups_count - block * kPanelGroup);
+      if (block == home / kPanelGroup) groups[t] &= ~(1u << home % kPanelGroup);
+    }
+    Visit pair[b.kTiles * kPanelGroup];  // tile and group
+    uint32_t near[b.kTiles * kPanelGroup];
+    int pairs = 0;
+    for (int t = 0; t < b.tiles; ++t)
+      for (uint32_t left = groups[t]; left; left &= left - 1)
+        pair[pairs++] = {t, (int32_t)(block * kPanelGroup) + __builtin_ctz(left)};
+    b.counts.groups += pairs;
+    for (int i = 0; i < pairs; ++i) near[i] = near_panels<kTwos, kNear>(b, pair[i].tile, pair[i].panel);
+    for (int i = 0; i < pairs; ++i) {
+      b.counts.panels += (int64_t)__builtin_popcount(near[i]) * rows_of_tile(b, pair[i].tile);
+      add_visits<kTwos, kNear>(b, pair[i].tile, pair[i].panel, near[i]);
+    }
+  }
+  finish_visits(b);
+}
+
+// ---- the end -----------------------------------------------------------------------------------------------------------------
+
+// Squared distances of kPairs pairs in float64, in an order of our own.
+inline void double_distances(const float* const* x, const float* const* c, int64_t dim, double* out) {
+  const double zeros[WD] = {};
+  D total[kPairs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kPairs; ++j) total[j] = dload(zeros);
+  int64_t d = 0;
+  for (; d + WD <= dim; d += WD) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      const D t = dsub(widen(x[j] + d), widen(c[j] + d));
+      total[j] = dfma(t, t, total[j]);
+    }
+  }
+  for (int j = 0; j < kPairs; ++j) out[j] = dsum(total[j]);
+  for (; d < dim; ++d) {
+    for (int j = 0; j < kPairs; ++j) {
+      const double t = (double)x[j][d] - (double)c[j][d];
+      out[j] += t * t;
+    }
+  }
+}
+
+// Rows with one candidate have their code. Their distance is the formula's rounded to float32, and nearly always a sum in any order
+// shows what that is: then the formula's own order, one addition after the other, is not needed.
+template <int kTwos, int kNear>
+inline void settle(Batch<kTwos, kNear>& b) {
+  const ExactCodes& e = *b.exact;
+  const double error = (double)(e.dim + 16) * 0x1p-52;
+  int32_t alone[kBatchRows + kPairs];
+  int n = 0;
+  for (int r = 0; r < b.rows; ++r) {
+    if (b.row[r].count > 1) compact(&b.row[r], with_slack(*b.plan, b.upper[r]));
+    b.counts.candidates += b.row[r].count;
+    alone[n] = r;
+    n += e.metric == kL2 && b.row[r].count == 1 && b.row[r].index == INT64_MAX;  // and none was settled before
+  }
+  for (int i = n; i < n + kPairs; ++i) alone[i] = alone[0];
+  for (int i = 0; i < n; i += kPairs) {
+    const float *x[kPairs], *c[kPairs];
+    double square[kPairs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      x[j] = b.row[alone[i + j]].exact;
+      c[j] = e.codes + (int64_t)b.row[alone[i + j]].candidate[0] * e.ld;
+    }
+    double_distances(x, c, e.dim, square);
+    for (int j = 0; j < kPairs && i + j < n; ++j) {
+      if ((float)(square[j] * (1.0 - error)) != (float)(square[j] * (1.0 + error))) continue;
+      Row& row = b.row[alone[i + j]];
+      row.best = square[j];
+      row.index = row.candidate[0];
+      row.count = 0;
+    }
+  }
+  settle_rows(e, b.row, b.rows);
+}
+
+template <int kTwos, int kNear>
 void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows,
                     int64_t ld, const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess,
                     int64_t n, double* score, int64_t* index, PanelCounts* counts) {
-  Batch<kWidth, kNear> b;
+  Batch<kTwos, kNear> b;
   b.plan = &plan;
   b.exact = &e;
-  b.survivors = 0;
+  b.survivors = b.visits = 0;
   b.counts = {};
   const int64_t row_bytes = (plan.dim < 256 ? plan.dim : 256) * 4, code_bytes = row_bytes;
   for (int64_t i = 0; i < n; i += kBatchRows, order += kBatchRows) {
     b.rows = n - i < kBatchRows ? (int)(n - i) : kBatchRows;
-    const int tiles = (b.rows + kNear - 1) / kNear;
+    b.tiles = (b.rows + kNear - 1) / kNear;
     for (int r = 0; r < kBatchRows && i + r + kBatchRows < n; ++r) {  // of the next batch: their order is not that of memory
       fetch(queries + order[kBatchRows + r], sizeof(PanelQuery));
       fetch(rows + order[kBatchRows + r] * ld, row_bytes);
     }
     for (int r = 0; r < b.rows; ++r) start_row(b, r, exact_rows + order[r] * exact_ld, rows + order[r] * ld, queries[order[r]]);
-    for (int r = b.rows; r < tiles * kNear; ++r) start_empty(b, r);
+    for (int r = b.rows; r < kBatchRows; ++r) start_empty(b, r);
+    measure_rows(b);
     // The panel that a tile's middle row falls into is near enough to all of its rows.
-    for (int t = 0; t < tiles; ++t) {
+    for (int t = 0; t < b.tiles; ++t) {
       b.home[t] = first_panel[order[t * kNear + (b.rows - t * kNear > kNear / 2 ? kNear / 2 : 0)]];
       choose_first(b, t, b.home[t]);
     }
@@ -373,15 +499,9 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
       if (guess[order[r]] >= 0) b.first[r] = (int32_t)guess[order[r]];
     for (int r = 0; r < b.rows; ++r) fetch(plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld, code_bytes);
     evaluate_first(b);
-    for (int t = 0; t < tiles; ++t) visit_home<kWidth, kNear>(b, t);
-    evaluate_survivors(b);
-    for (int t = 0; t < tiles; ++t) visit_others<kWidth, kNear>(b, t);
-    evaluate_survivors(b);
-    for (int r = 0; r < b.rows; ++r) {
-      compact(&b.row[r], with_slack(plan, b.upper[r]));
-      b.counts.candidates += b.row[r].count;
-    }
-    settle_rows(e, b.row, b.rows);
+    visit_home<kTwos, kNear>(b);
+    visit_others<kTwos, kNear>(b);
+    settle(b);
     for (int r = 0; r < b.rows; ++r) {
       score[order[r]] = b.row[r].best;
       index[order[r]] = b.row[r].index;
@@ -396,7 +516,7 @@ void panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows,
             const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
             double* score, int64_t* index, PanelCounts* counts) {
   const bool crowded = n >= 8 * plan.panels_count;  // so that four rows in order lie close together
-  const auto search = plan.width == 5 ? crowded ? search_batches<5, 4> : search_batches<5, 2>
-                                      : crowded ? search_batches<9, 4> : search_batches<9, 2>;
+  const auto search = plan.directions == 4 ? crowded ? search_batches<3, 4> : search_batches<3, 2>
+                                           : crowded ? search_batches<5, 4> : search_batches<5, 2>;
   search(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
 }

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include <memory>
+#include <new>
 
 namespace vqfast {
 
@@ -42,6 +43,16 @@ struct Parallel {
         (void*)&body);
   }
 };
+
+// Arrays that start on a cache line, so that no vector of a row of whole vectors lies across two.
+struct AlignedDelete {
+  template <class T>
+  void operator()(T* p) const { operator delete[](p, std::align_val_t(64)); }
+};
+using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
+using AlignedInts = std::unique_ptr<int32_t[], AlignedDelete>;
+inline AlignedFloats aligned_floats(int64_t n) { return AlignedFloats(new (std::align_val_t(64)) float[n]); }
+inline AlignedInts aligned_ints(int64_t n) { return AlignedInts(new (std::align_val_t(64)) int32_t[n]); }
 
 // Rows [count, dim] of one group as floats: the input itself where it already lies so, else a widened copy.
 struct Rows {
