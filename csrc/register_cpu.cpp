@@ -274,10 +274,9 @@ VQFAST_EXPORT void vqfast_cpu_search_counts(const float* x, int64_t n, const flo
   const vqfast::Metric by = static_cast<vqfast::Metric>(metric);
   vqfast::SearchReport report;
   vqfast::nearest(rows, codes, by, &hints, distance, indices, pool(), static_cast<vqfast::Road>(road), &report);
-  const vqfast::Codes prepared(codes, 0, by, pool());
   const vqfast::PanelCounts& c = report.counts;
   const int64_t found[] = {(int64_t)report.road, n, report.panels_count, c.groups, c.panels, c.evaluations, c.candidates,
-                           (int64_t)prepared.searched().size(), (int64_t)prepared.always().size()};
+                           report.searched, report.always};
   for (int64_t value : found) *out++ = value;
 }
 

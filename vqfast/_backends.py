@@ -73,7 +73,7 @@ def cpu_level() -> str | None:
     return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]
 
 
-ROADS = ("auto", "dense", "panels")
+ROADS = ("auto", "dense", "panels", "few")
 
 
 class SearchCounts(NamedTuple):

@@ -38,9 +38,11 @@ double exact_norm(const float* c, int64_t dim) {
 
 }  // namespace
 
-Codes::Codes(const View& codebook, int64_t group, Metric metric, const Parallel& parallel)
-    : given_(rows_of_group(codebook, group, parallel)) {
-  exact_ = {given_.data, given_.ld, given_.dim, nullptr, metric};
+Codes::Codes(const ExactCodes& given, int64_t count, const Parallel& parallel) : exact_(given) {
+  given_.data = given.codes;
+  given_.ld = given.ld;
+  given_.count = count;
+  given_.dim = given.dim;
   find_usable(parallel);
   if (usable_.empty()) return;
   if (unit_vectors()) {

@@ -52,7 +52,8 @@ struct PanelTree {
 
 class Codes {
  public:
-  Codes(const View& codebook, int64_t group, Metric metric, const Parallel& parallel);
+  // given: what stays where it is while this stands; its norms are found here.
+  Codes(const ExactCodes& given, int64_t count, const Parallel& parallel);
 
   const ExactCodes& exact() const { return exact_; }
   Metric metric() const { return exact_.metric; }

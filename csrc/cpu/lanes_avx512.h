@@ -44,6 +44,27 @@ inline uint64_t not_zero(const uint32_t* p) {
   return some;
 }
 inline float smallest(V a) { return _mm512_reduce_min_ps(a); }
+inline void transpose(V* v) {
+  V t[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks
+    const V a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    const V c = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // and 4 x 4 of those
+    const V a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD);
+    const V c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD);
+    v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    v[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
+}
 inline bool all_finite(V a) {
   // Class bits: quiet NaN 0x01, +inf 0x08, -inf 0x10, signalling NaN 0x80.
   return _mm512_fpclass_ps_mask(a, 0x99) == 0;

@@ -55,6 +55,14 @@ inline float smallest(V a) {
   for (int i = 1; i < 4; ++i) s = a[i] < s ? a[i] : s;
   return s;
 }
+inline void transpose(V* v) {
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = t;
+    }
+}
 inline bool all_finite(V a) {
   V zero = a - a;
   I bad = zero != zero;

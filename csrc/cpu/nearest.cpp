@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "few.h"
+
 namespace vqfast {
 namespace {
 
@@ -46,10 +48,10 @@ void start_row(Row* row, const float* exact) {
 
 }  // namespace
 
-double distance_of(const Codes& codes, const float* exact, double score) {
-  if (codes.metric() != kCosine || isnan(score)) return score;
+double distance_of(const ExactCodes& codes, const float* exact, double score) {
+  if (codes.metric != kCosine || isnan(score)) return score;
   double norm = 0;
-  for (int64_t d = 0; d < codes.dim(); ++d) norm += (double)exact[d] * (double)exact[d];
+  for (int64_t d = 0; d < codes.dim; ++d) norm += (double)exact[d] * (double)exact[d];
   return norm > 0 ? 1.0 + score / sqrt(norm) : 1.0;
 }
 
@@ -323,6 +325,27 @@ void NearestSearch::settle_always(const Rows& rows, double* score, int64_t* inde
   });
 }
 
+void search_rows(const ExactCodes& given, int64_t count, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road,
+                 double* score, int64_t* index, SearchReport* report) {
+  const Few few = road == Road::kFew ? Few::kYes : road == Road::kAuto ? few_rows(rows.count, given.dim) : Few::kNo;
+  const int64_t settled = few == Few::kNo ? -1 : search_few(given, count, rows, few, parallel, score, index);
+  if (settled >= 0) {
+    if (report) {
+      report->road = Road::kFew;
+      report->searched = count;
+      report->counts.candidates = settled;
+    }
+    return;
+  }
+  const Codes codes(given, count, parallel);
+  NearestSearch search(codes, rows, hints, parallel, road == Road::kFew ? Road::kAuto : road);
+  search.run(rows, hints.guess, score, index);
+  if (!report) return;
+  *report = search.report();
+  report->searched = (int64_t)codes.searched().size();
+  report->always = (int64_t)codes.always().size();
+}
+
 void nearest(const View& x, const View& codebook, Metric metric, const Hints* hints, float* distance, int64_t* indices,
              const Parallel& parallel, Road road, SearchReport* report) {
   const int64_t groups = x.size[1], batches = x.size[0], per_batch = x.size[2];
@@ -332,10 +355,9 @@ void nearest(const View& x, const View& codebook, Metric metric, const Hints* hi
   std::unique_ptr<int64_t[]> index(new int64_t[batches * per_batch]);
   for (int64_t g = 0; g < groups; ++g) {
     const Rows rows = rows_of_group(x, g, parallel);
-    const Codes codes(codebook, g, metric, parallel);
-    NearestSearch search(codes, rows, hints[g], parallel, road);
-    search.run(rows, hints[g].guess, score.get(), index.get());
-    if (report) *report = search.report();
+    const Rows given = rows_of_group(codebook, g, parallel);
+    const ExactCodes codes = {given.data, given.ld, given.dim, nullptr, metric};
+    search_rows(codes, given.count, rows, hints[g], parallel, road, score.get(), index.get(), report);
     parallel(rows.count, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end;) {
         const int64_t batch = i / per_batch, last = std::min(end, (batch + 1) * per_batch);

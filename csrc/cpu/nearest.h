@@ -6,12 +6,13 @@
 
 namespace vqfast {
 
-enum class Road : int { kAuto = 0, kDense = 1, kPanels = 2 };
+enum class Road : int { kAuto = 0, kDense = 1, kPanels = 2, kFew = 3 };
 
 struct SearchReport {
   Road road = Road::kDense;
   PanelCounts counts{};
   int64_t panels_count = 0;
+  int64_t searched = 0, always = 0;  // codes that the plans hold, and codes that every row tries by the exact formula
 };
 
 // A search over one codebook; built once per call, used for any number of row sets (levels of a residual quantizer, say).
@@ -42,8 +43,12 @@ class NearestSearch {
   SearchReport report_;
 };
 
+// Search of one codebook for one set of rows, by whichever road; score and index as NearestSearch::run gives them.
+void search_rows(const ExactCodes& codes, int64_t codes_count, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road,
+                 double* score, int64_t* index, SearchReport* report);
+
 // distance of a score: the contract's line 1.
-double distance_of(const Codes& codes, const float* exact_row, double score);
+double distance_of(const ExactCodes& codes, const float* exact_row, double score);
 
 void nearest(const View& x, const View& codebook, Metric metric, const Hints* hints_per_group, float* distance, int64_t* indices,
              const Parallel& parallel, Road road, SearchReport* report);

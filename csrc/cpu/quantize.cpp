@@ -56,7 +56,7 @@ double squared_error(const float* x, const float* c, int64_t dim) {
 // What follows the search of one group: called for every row in turn with its code's values (null: masked or not finite).
 // Returns the error summed over blocks in order, and keeps in `kept` the code of rows that count (-1 otherwise).
 template <class Write>
-double finish_rows(const Codes& codes, const Rows& rows, const bool* mask, const double* score, const int64_t* index,
+double finish_rows(const ExactCodes& codes, const Rows& rows, const bool* mask, const double* score, const int64_t* index,
                    int64_t* kept, int64_t* nonfinite, const Parallel& parallel, Write&& write) {
   const int64_t blocks = (rows.count + kErrorBlock - 1) / kErrorBlock;
   std::vector<double> error(blocks, 0.0);
@@ -66,10 +66,10 @@ double finish_rows(const Codes& codes, const Rows& rows, const bool* mask, const
       for (int64_t i = b * kErrorBlock; i < std::min(rows.count, (b + 1) * kErrorBlock); ++i) {
         const bool masked = mask && !mask[i];
         const bool valid = !masked && !isnan(score[i]);
-        const float* code = codes.exact().codes + index[i] * codes.exact().ld;
+        const float* code = codes.codes + index[i] * codes.ld;
         kept[i] = valid ? index[i] : -1;
         bad[b] += !masked && !valid;
-        if (valid) error[b] += codes.metric() == kL2 ? score[i] : squared_error(rows.row(i), code, rows.dim);
+        if (valid) error[b] += codes.metric == kL2 ? score[i] : squared_error(rows.row(i), code, rows.dim);
         write(i, masked, valid ? code : nullptr);
       }
     }
@@ -96,9 +96,9 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Rows rows = rows_of_group(x, g, parallel);
-    const Codes codes(codebook, g, metric, parallel);
-    NearestSearch search(codes, rows, hints[g], parallel);
-    search.run(rows, hints[g].guess, score.data(), index.data());
+    const Rows given = rows_of_group(codebook, g, parallel);
+    const ExactCodes codes = {given.data, given.ld, given.dim, nullptr, metric};
+    search_rows(codes, given.count, rows, hints[g], parallel, Road::kAuto, score.data(), index.data(), nullptr);
     error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), out.nonfinite, parallel,
                          [&](int64_t i, bool masked, const float* code) {
                            const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
@@ -133,9 +133,9 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       rows.ld = q == 0 ? given.ld : dim;
       rows.count = count;
       rows.dim = dim;
-      const Codes codes(level, g, metric, parallel);
-      NearestSearch search(codes, rows, Hints{}, parallel);
-      search.run(rows, nullptr, score.data(), index.data());
+      const Rows codebook = rows_of_group(level, g, parallel);
+      const ExactCodes codes = {codebook.data, codebook.ld, codebook.dim, nullptr, metric};
+      search_rows(codes, codebook.count, rows, Hints{}, parallel, Road::kAuto, score.data(), index.data(), nullptr);
       int64_t nonfinite = 0;
       int64_t* indices = out.indices + q * count * groups;
       // The rest is rewritten in place, so the sums that need it as it was come first.
@@ -159,7 +159,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
           for (int64_t i = begin; i < end; ++i) {
             const bool masked = mask && !mask[i];
             const float* row = rows.row(i);
-            const float* code = codes.exact().codes + index[i] * codes.exact().ld;
+            const float* code = codes.codes + index[i] * codes.ld;
             for (int64_t d = 0; d < dim; ++d)
               rest[i * dim + d] = masked ? row[d] : kept[i] >= 0 ? row[d] - code[d] : NAN;
           }

@@ -20,7 +20,7 @@ struct ExactCodes {
   const float* codes;      // [K, ld], the values as given (float16 and bfloat16 widened exactly)
   int64_t ld;
   int64_t dim;
-  const double* norm;      // [K] sum c_d^2 in the contract's arithmetic; cosine only, else null
+  const double* norm;      // [K] sum c_d^2 in the contract's arithmetic; cosine only; null: computed where it is needed
   Metric metric;
 };
 
@@ -33,6 +33,16 @@ struct Row {
   int count;
   int32_t candidate[kCandidates];  // codes (original index)
   float score[kCandidates];        // their screened score (lower bound up to the row's slack)
+};
+
+// A search that reads codes where they lie: the road of few rows.
+struct FewPlan {
+  const float* shift;      // [dim] what is added to every code: minus a centre
+  int64_t count;           // codes
+  float half;              // a code's score starts at |c'|^2 (half - of_code): 1/2 for l2, else 0
+  float of_code;           // rounding allowance of a code, by |c'|^2
+  bool unit;               // codes are divided by their norms (cosine)
+  bool direct;             // rows lie [n, dim]; else in tiles [dim, rows_per_tile], the last of one to three times narrow_tile rows
 };
 
 // All codes in panels, every coordinate: the dense road.
@@ -83,11 +93,16 @@ struct PanelQuery {        // per row or code, filled by project()
 struct Kernels {
   int lanes;               // of a vector
   int rows_per_tile;
+  int narrow_tile;
   float ops_per_term;      // roundings per term of a sum: 1 with FMA, 2 without
 
   // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile]; a score under a row's limit makes a
   // candidate, and lowers it.
   void (*dense)(const DensePlan&, const ExactCodes&, const float* tiles, int64_t tile_count, float* limits, Row* rows);
+  // Rows against the codes begin..end - 1, begin a multiple of kPanel; a row with limit -inf takes no part, the others hold +inf or
+  // more than any score. scratch [max(dim, n), kPanel]. Returns candidates settled, or -1: too many codes are as near as rounding can tell.
+  int64_t (*few)(const FewPlan&, const ExactCodes&, int64_t begin, int64_t end, const float* tiles, int64_t n, float* limits, Row* rows,
+                 float* scratch);
   // Evaluate what the rows collected by the contract's formula, and forget it.
   void (*settle)(const ExactCodes&, Row*, int row_count);
   // Pruned search of rows order[0..n): index and exact score of each.

@@ -39,10 +39,10 @@ inline void pair_sums(const ExactCodes& e, const float* const* x, const int32_t*
   for (int j = 0; j < kBatch; ++j) total[j] = sum[j];
 }
 
-inline double score_of(const ExactCodes& e, double total, int32_t code) {
+// norm: of the code, for cosine.
+inline double score_of(const ExactCodes& e, double total, double norm) {
   if (e.metric == kL2) return total;
   if (e.metric == kDot) return -total;
-  const double norm = e.norm[code];
   return norm > 0.0 ? -(total / __builtin_sqrt(norm)) : 0.0;
 }
 
@@ -55,9 +55,16 @@ inline void offer(Row* row, double score, int32_t code) {
 
 // The first n pairs of a batch, each offered to the row it belongs to; the others hold pairs as well, of no account.
 inline void settle_batch(const ExactCodes& e, const float* const* x, const int32_t* code, Row* const* owner, int n) {
-  double total[kBatch];
+  double total[kBatch], norm[kBatch] = {};
   pair_sums(e, x, code, total);
-  for (int j = 0; j < n; ++j) offer(owner[j], score_of(e, total[j], code[j]), code[j]);
+  if (e.metric == kCosine && e.norm) {
+    for (int j = 0; j < n; ++j) norm[j] = e.norm[code[j]];
+  } else if (e.metric == kCosine) {
+    const float* c[kBatch];
+    for (int j = 0; j < kBatch; ++j) c[j] = e.codes + (int64_t)code[j] * e.ld;
+    pair_sums(e, c, code, norm);
+  }
+  for (int j = 0; j < n; ++j) offer(owner[j], score_of(e, total[j], norm[j]), code[j]);
 }
 
 void settle_rows(const ExactCodes& e, Row* rows, int row_count) {
@@ -300,5 +307,7 @@ void accumulate(double* total, const float* row, int64_t dim) {
   for (; d < dim; ++d) total[d] += (double)row[d];
 }
 
-constexpr Kernels kTable = {W,       kRows,            kOpsPerTerm,  dense,   settle_rows, panels,
+#include "search_few.h"
+
+constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm,  dense,   few, settle_rows, panels,
                             project, round_to_grid, apply_covariance, inspect, centred_norm, accumulate};

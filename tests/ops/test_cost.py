@@ -66,7 +66,7 @@ def products(found) -> float:
     A panel is 32 codes of at most 9 coordinates and a start, a group the boxes of 16 panels, low and high; a comparison in
     all coordinates and a decision in float64, which handles half as many numbers at once and in a fixed order, carry overheads.
     """
-    dense = found.rows * found.searched * DIM if found.road == "dense" else 0
+    dense = found.rows * found.searched * DIM if found.road in ("dense", "few") else 0
     panels = 32 * 10 * found.panels + 16 * 2 * 10 * (found.groups + found.rows * (found.panels_of_codebook / 256 + 1))
     decisions = found.candidates + found.rows * found.always
     return dense + (panels if found.road == "panels" else 0) + (DIM + 32) * found.evaluations + 4 * DIM * decisions
@@ -87,6 +87,18 @@ def test_counted_work(data, hurt, metric):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("rows", [1, 16, 150])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("hurt", MADE_TO_HURT)
+def test_counted_work_of_few_rows(hurt, metric, rows):
+    """The road of few rows prepares nothing, so it meets equal codes as they come; each row decides few of them by the formula."""
+    x, codebook, _ = MADE_TO_HURT[hurt](*isotropic())
+    found = _backends.search_counts(x[:rows], codebook, metric)
+    assert torch.equal(found.indices, vqfast.nearest(x, codebook, metric=metric).indices[:rows])
+    assert products(found) <= BOUND * rows * CODES * DIM, f"{products(found) / (rows * CODES * DIM):.2f} of the dense work: {found[:9]}"
+
+
+@pytest.mark.quick
 def test_screened_data_takes_a_fraction_of_the_work():
     """The counts mean something: on data that the screen is for they are far below the dense search's."""
     found = _backends.search_counts(*screened())
@@ -104,13 +116,15 @@ def test_counts_take_plain_tensors_only(x, codebook):
         _backends.search_counts(x, codebook)
 
 
+@pytest.mark.parametrize("count", [128, ROWS])
 @pytest.mark.parametrize("hurt", MADE_TO_HURT)
 @pytest.mark.parametrize("data", DATA)
-def test_time(data, hurt, set_threads):
+def test_time(data, hurt, count, set_threads):
     """Least processor time of one thread in several rounds, taken in turns with the dense search of the data as they are."""
     set_threads(1)
     x, codebook = DATA[data]()
     rows, codes, _ = MADE_TO_HURT[hurt](x, codebook)
+    x, rows = x[:count], rows[:count]
     work = {"dense": lambda: _backends.search_counts(x, codebook, road="dense"), "hurt": lambda: vqfast.nearest(rows, codes)}
     least = dict.fromkeys(work, float("inf"))
     for _ in range(12):

@@ -1,0 +1,293 @@
+#include "few.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cfloat>
+
+namespace vqfast {
+namespace {
+
+constexpr int kCentreCodes = 9;             // whose median of medians is the centre
+constexpr int64_t kTileBytes = 256 << 10;   // rows that pass over the codebook together: part of a second-level cache
+// Turning a panel around costs about as much as multiplying this many coordinates of it by a row, measured; many rows share it.
+constexpr int64_t kDirectDims = 32, kDirectRows = 16;
+constexpr int64_t kMostRows = 2048;         // beyond, a codebook that is turned around once is read faster
+constexpr int kSpreadCodes = 32;
+constexpr double kManyDirections = 8;       // measured: from about 5 on, panels gain nothing for kMostRows rows
+constexpr int64_t kMostDims = 4096;         // beyond, a panel would leave the second-level cache
+constexpr double kTaskProducts = 0x1p20;    // coordinates of rows times codes that are worth a thread
+
+double product_of(const float* a, const float* b, int64_t dim) {
+  double part[4] = {0, 0, 0, 0};
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4)
+    for (int j = 0; j < 4; ++j) part[j] += (double)a[d + j] * b[d + j];
+  for (; d < dim; ++d) part[0] += (double)a[d] * b[d];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
+
+float median(float a, float b, float c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); }
+
+bool is_finite(const float* row, int64_t dim) {
+  bool finite;
+  kernels().inspect(row, dim, &finite);
+  return finite;
+}
+
+class FewSearch {
+ public:
+  FewSearch(const ExactCodes& codes, int64_t count, const Parallel& parallel) : codes_(codes), parallel_(parallel) {
+    plan_.count = count;
+    plan_.unit = codes.metric == kCosine;
+    plan_.half = codes.metric == kL2 ? 0.5f : 0.0f;
+  }
+  bool find_centre();
+  double directions() const;
+  bool run(const Rows& rows, double* score, int64_t* index);
+  int64_t settled() const { return settled_; }  // candidates, in all
+
+ private:
+  enum class Kind { kPlain, kZero, kNotFinite, kWild };
+  struct Block;
+  int sample_codes(float* sample, int64_t most) const;
+  int64_t padded(int64_t count) const;
+  Kind fill_row(const float* exact, float* work, double* square) const;
+  bool fill(const Rows& rows, Block* block);
+  void set_allowances(Block* block);
+  bool search(const Block& block, double* score, int64_t* index);
+
+  const ExactCodes& codes_;
+  const Parallel& parallel_;
+  FewPlan plan_ = {};
+  std::vector<float> shift_;
+  double typical_square_ = 0, centre_norm_ = 0;
+  int64_t settled_ = 0;
+};
+
+// Rows that pass over the codebook together.
+struct FewSearch::Block {
+  int64_t begin, count, padded;
+  std::unique_ptr<float[]> values;  // as FewPlan says
+  std::vector<const float*> exact;
+  std::vector<Kind> kind;
+  std::vector<double> square;       // of what the plan sees
+  std::vector<float> slack, limits;
+};
+
+// ---- the codebook ------------------------------------------------------------------------------------------------------------
+
+// Up to `most` finite codes, evenly spaced and more of them between where some are not; of unit length for cosine.
+int FewSearch::sample_codes(float* sample, int64_t most) const {
+  const int64_t k = plan_.count, dim = codes_.dim, apart = (k + most - 1) / most;
+  int found = 0;
+  for (int64_t offset = 0; offset < std::min<int64_t>(apart, 4); ++offset) {
+    for (int64_t code = offset * apart / 4; code < k && found < most; code += apart) {
+      const float* row = codes_.codes + code * codes_.ld;
+      if (!is_finite(row, dim)) continue;
+      const double square = plan_.unit ? square_of(row, dim) : 1.0;
+      if (!(square > 0)) continue;
+      const double factor = 1.0 / sqrt(square);
+      float* to = sample + found++ * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = (float)(row[d] * factor);
+    }
+  }
+  return found;
+}
+
+// Coordinate by coordinate the median of three medians of three: any centre is valid, a good one makes the bounds tight, and no outlier
+// can move this one. The same codes say how large codes are; false where that asks for scaling, which this road has not.
+bool FewSearch::find_centre() {
+  const int64_t dim = codes_.dim;
+  std::vector<float> sample(kCentreCodes * dim);
+  const int found = sample_codes(sample.data(), kCentreCodes);
+  if (found == 0) return false;
+  for (int i = found; i < kCentreCodes; ++i) memcpy(&sample[i * dim], &sample[i % found * dim], dim * sizeof(float));
+  shift_.resize(dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    const float* s = &sample[d];
+    float third[3];
+    for (int j = 0; j < 3; ++j) third[j] = median(s[3 * j * dim], s[(3 * j + 1) * dim], s[(3 * j + 2) * dim]);
+    shift_[d] = -median(third[0], third[1], third[2]);
+  }
+  double square[kCentreCodes];
+  for (int i = 0; i < kCentreCodes; ++i) {
+    for (int64_t d = 0; d < dim; ++d) sample[i * dim + d] += shift_[d];
+    square[i] = square_of(&sample[i * dim], dim);
+  }
+  std::sort(square, square + kCentreCodes);
+  typical_square_ = square[kCentreCodes * 3 / 4];
+  centre_norm_ = sqrt(square_of(shift_.data(), dim));
+  plan_.shift = shift_.data();
+  return typical_square_ > 0x1p-30 && typical_square_ < 0x1p30;
+}
+
+// How many directions the codes spread over: (tr S)^2 / tr S^2 of their covariance S, from a sample. Equal variance in n directions
+// gives n, and p directions that hold a share s of it p / s^2 at most.
+double FewSearch::directions() const {
+  const int64_t dim = codes_.dim;
+  std::vector<float> sample(kSpreadCodes * dim);
+  const int found = sample_codes(sample.data(), kSpreadCodes);
+  // About their own mean: the centre's error would be a direction that all of them share.
+  for (int64_t d = 0; d < dim; ++d) {
+    double mean = 0;
+    for (int i = 0; i < found; ++i) mean += sample[i * dim + d] / (double)found;
+    for (int i = 0; i < found; ++i) sample[i * dim + d] = (float)(sample[i * dim + d] - mean);
+  }
+  double square = 0, product = 0;
+  for (int i = 0; i < found; ++i) {
+    const float* row = &sample[i * dim];
+    square += square_of(row, dim) / found;
+    for (int j = 0; j < i; ++j) {
+      const double dot = product_of(row, &sample[j * dim], dim);
+      product += 2 * dot * dot / (found * (found - 1.0));
+    }
+  }
+  return product > 0 ? square * square / product : 0;
+}
+
+// ---- the rows ----------------------------------------------------------------------------------------------------------------
+
+int64_t FewSearch::padded(int64_t count) const {
+  const int64_t narrow = kernels().narrow_tile, rest = count % kernels().rows_per_tile;
+  return plan_.direct ? count : count - rest + (rest + narrow - 1) / narrow * narrow;
+}
+
+// What the plan sees of a row: centred (l2), or of unit length.
+FewSearch::Kind FewSearch::fill_row(const float* exact, float* work, double* square) const {
+  const int64_t dim = codes_.dim;
+  if (codes_.metric == kL2) {
+    for (int64_t d = 0; d < dim; ++d) work[d] = exact[d] + shift_[d];
+    *square = square_of(work, dim);
+    if (*square < kWildSquare) return Kind::kPlain;
+    return is_finite(exact, dim) ? Kind::kWild : Kind::kNotFinite;
+  }
+  *square = square_of(exact, dim);
+  if (*square == 0) return Kind::kZero;
+  if (!(*square < INFINITY)) return Kind::kNotFinite;  // squares of float32 do not overflow
+  const double factor = 1.0 / sqrt(*square);
+  for (int64_t d = 0; d < dim; ++d) work[d] = (float)(exact[d] * factor);
+  *square = 1.0;
+  return Kind::kPlain;
+}
+
+// False: a row is out of float32's reach.
+bool FewSearch::fill(const Rows& rows, Block* block) {
+  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile, count = block->count;
+  block->padded = padded(count);
+  block->values.reset(new float[block->padded * dim]());
+  block->exact.assign(block->padded, nullptr);
+  block->kind.assign(count, Kind::kPlain);
+  block->square.assign(count, 0.0);
+  std::vector<float> work(dim);
+  for (int64_t i = 0; i < count; ++i) {
+    block->exact[i] = rows.row(block->begin + i);
+    block->kind[i] = fill_row(block->exact[i], work.data(), &block->square[i]);
+    if (block->kind[i] == Kind::kWild) return false;
+    if (block->kind[i] != Kind::kPlain) continue;
+    const int64_t first = plan_.direct ? i : i / per_tile * per_tile;  // of its tile
+    const int64_t width = plan_.direct ? 1 : std::min(per_tile, block->padded - first);
+    float* to = block->values.get() + first * dim + (i - first);
+    for (int64_t d = 0; d < dim; ++d) to[d * width] = work[d];
+  }
+  set_allowances(block);
+  return true;
+}
+
+// docs/SEARCH.md, "Few rows".
+void FewSearch::set_allowances(Block* block) {
+  double total = 0;
+  for (double square : block->square) total += square;
+  const int64_t dim = codes_.dim;
+  const double u = 0x1p-24, ops = kernels().ops_per_term;
+  const double roundings = (ops * (dim + 4) + 8) * u, error = 1.01 * roundings / (1 - roundings);
+  const double ratio = total > 0 ? sqrt(typical_square_ / (total / block->count)) : 1.0;
+  const double balance = std::min(0x1p30, std::max(0x1p-30, ratio));
+  plan_.of_code = (float)(1.01 * error * (2.0 * plan_.half + 0.5 / balance));
+  const double of_formula = (dim + 8) * 0x1p-52 * (codes_.metric == kDot ? 1.0 + centre_norm_ : 1.0);
+  const double of_norm = plan_.unit ? 1.01 * ((ops * (dim / kernels().lanes + 2) + 6) / 2 + 4) * u : 0.0;
+  block->slack.assign(block->padded, 0.0f);
+  block->limits.assign(block->padded, -INFINITY);
+  for (int64_t i = 0; i < block->count; ++i) {
+    if (block->kind[i] != Kind::kPlain) continue;
+    block->slack[i] = (float)(1.01 * ((error * balance * 0.5 + of_formula) * block->square[i] + of_norm) + 1e-30);
+    block->limits[i] = FLT_MAX;
+  }
+}
+
+// ---- the search --------------------------------------------------------------------------------------------------------------
+
+bool FewSearch::search(const Block& block, double* score, int64_t* index) {
+  const Kernels& k = kernels();
+  const int64_t panels = (plan_.count + kPanel - 1) / kPanel, n = block.padded;
+  const double products = (double)n * plan_.count * codes_.dim;
+  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>({parallel_.threads, panels, (int64_t)(products / kTaskProducts)}));
+  std::unique_ptr<Row[]> rows(new Row[tasks * n]);  // a task has a part of the codes, and its own account of every row
+  std::vector<int64_t> settled(tasks);
+  parallel_(tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      Row* own = rows.get() + t * n;
+      for (int64_t i = 0; i < n; ++i) {
+        own[i].exact = block.exact[i];
+        own[i].best = INFINITY;
+        own[i].index = INT64_MAX;
+        own[i].slack = block.slack[i];
+        own[i].count = 0;
+      }
+      std::vector<float> limits = block.limits;
+      std::unique_ptr<float[]> scratch(new float[std::max(codes_.dim, n) * kPanel]);
+      const int64_t first = panels * t / tasks * kPanel, last = std::min(plan_.count, panels * (t + 1) / tasks * kPanel);
+      settled[t] = k.few(plan_, codes_, first, last, block.values.get(), n, limits.data(), own, scratch.get());
+    }
+  });
+  for (int64_t of_task : settled) {
+    if (of_task < 0) return false;
+    settled_ += of_task;
+  }
+  int64_t lowest = 0;  // what rows without direction get
+  while (!is_finite(codes_.codes + lowest * codes_.ld, codes_.dim)) ++lowest;  // the sample holds a finite one
+  for (int64_t i = 0; i < block.count; ++i) {
+    Row* best = &rows[i];
+    for (int64_t t = 1; t < tasks; ++t) {
+      Row* other = &rows[t * n + i];
+      if (other->best < best->best || (other->best == best->best && other->index < best->index)) best = other;
+    }
+    const Kind kind = block.kind[i];
+    score[i] = kind == Kind::kPlain ? best->best : kind == Kind::kZero ? 0.0 : NAN;
+    index[i] = kind == Kind::kPlain ? best->index : kind == Kind::kZero ? lowest : 0;
+  }
+  return true;
+}
+
+bool FewSearch::run(const Rows& rows, double* score, int64_t* index) {
+  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile;
+  const int64_t most = std::max<int64_t>(1, kTileBytes / (dim * per_tile * (int64_t)sizeof(float))) * per_tile;
+  Block block;
+  for (block.begin = 0; block.begin < rows.count; block.begin += block.count) {
+    block.count = std::min(most, rows.count - block.begin);
+    plan_.direct = block.count <= std::min<int64_t>(kDirectRows, dim / kDirectDims);
+    if (!fill(rows, &block) || !search(block, score + block.begin, index + block.begin)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Few few_rows(int64_t rows, int64_t dim) {
+  if (dim > kMostDims || rows > kMostRows) return Few::kNo;
+  // Measured: up to so many rows other roads cost more by what they prepare, even where they then pass over most codes.
+  return rows <= 64 + 24576 / dim ? Few::kYes : Few::kIfSpread;
+}
+
+int64_t search_few(const ExactCodes& codes, int64_t count, const Rows& rows, Few few, const Parallel& parallel, double* score,
+                   int64_t* index) {
+  FewSearch search(codes, count, parallel);
+  if (!search.find_centre()) return -1;
+  if (few == Few::kIfSpread && search.directions() < kManyDirections) return -1;
+  return search.run(rows, score, index) ? search.settled() : -1;
+}
+
+}  // namespace vqfast

@@ -1,0 +1,142 @@
+"""Every road of the CPU search gives the contract's code, whatever the data and whichever road `nearest` would take (contract 1, 3, 4)."""
+
+from functools import lru_cache
+
+import cases
+import oracle
+import pytest
+import torch
+from check import METRICS, same
+
+import vqfast
+from vqfast import _backends
+
+pytestmark = pytest.mark.quick
+ROADS = ("dense", "panels", "few")
+HARD = (cases.duplicates_across_tiles, cases.ulp_neighbours, cases.lattice, cases.offset, cases.huge_code_among_normal,
+        cases.zeros_among_normal, cases.nonfinite_rows_and_codes, cases.denormals_and_ones)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def native():
+    reason = "; ".join(_backends.reasons("nearest", "cpu", torch.empty(0)))
+    if reason:
+        pytest.skip(f"native: {reason}")
+
+
+@lru_cache(maxsize=None)
+def expected_case(build, metric):
+    return oracle.nearest(*build(), metric)
+
+
+def verify(x, codebook, metric, road, expected=None):
+    expected = oracle.nearest(x, codebook, metric) if expected is None else expected
+    found = _backends.search_counts(x.contiguous(), codebook.contiguous(), metric, road)
+    same(found.indices, expected.indices, f"indices, {metric}, {road}")
+    same(found.distance, expected.distance, f"distance, {metric}, {road}")
+    return found
+
+
+def part(expected, rows):
+    return type(expected)(*(field[rows] for field in expected))
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("build", cases.NEAREST, ids=lambda f: f.__name__)
+def test_adversarial_data_on_cpu(build, metric, road):
+    verify(*build(), metric, road, expected_case(build, metric))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 13], ids="N{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("build", HARD, ids=lambda f: f.__name__)
+def test_handfuls_of_hard_rows_on_cpu(build, metric, rows):
+    """A call of few rows has kernels of its own for one to four rows, and tiles of several widths."""
+    x, codebook = build()
+    expected = expected_case(build, metric)
+    for begin in range(0, len(x), max(rows, len(x) // 6)):
+        some = slice(begin, begin + rows)
+        verify(x[some], codebook, metric, "few", part(expected, some))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 12, 37], ids="N{}".format)
+@pytest.mark.parametrize("dim", cases.DIMS, ids="D{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_dims_on_the_road_of_few_rows_on_cpu(metric, dim, rows):
+    found = verify(*cases.clustered(rows, 97, dim, seed=dim), metric, "few")
+    assert found.road == "few" or (dim == 1 and metric == "cosine"), "on a line all codes of one sign are equal in direction"
+
+
+@pytest.mark.parametrize("k", cases.CODEBOOK_SIZES, ids="K{}".format)
+@pytest.mark.parametrize("rows", [2, 20], ids="N{}".format)
+def test_codebook_sizes_on_the_road_of_few_rows_on_cpu(rows, k):
+    verify(*cases.clustered(rows, k, 40, seed=k), "l2", "few")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_the_codes_of_few_rows_on_cpu(metric, threads, set_threads):
+    """Enough work for several tasks, each with a part of the codes; the row's best is the best of theirs."""
+    set_threads(threads)
+    x, codebook = cases.clustered(70, 2000, 64, seed=90)
+    codebook[1::2] = codebook[0::2]  # every code twice
+    assert verify(x, codebook, metric, "few").road == "few"
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids="N{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_large_and_broken_codes_between_good_ones_on_cpu(metric, rows):
+    """Codes that the float32 bounds cannot hold stand aside on the road of few rows; it stays the road."""
+    x, codebook = cases.clustered(rows, 300, 33, seed=91)
+    codebook[5], codebook[64], codebook[97] = torch.nan, torch.inf, -torch.inf
+    codebook[33], codebook[130] = 1e30, -3e38
+    codebook[140, 3] = 2.0**-140
+    assert verify(x, codebook, metric, "few").road == "few"
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids="N{}".format)
+@pytest.mark.parametrize("scale", [2.0**-146, 1e-30, 1e-12, 1e-4, 1e4, 1e12, 1e30], ids="{:.0e}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_any_scale_of_few_rows_on_cpu(metric, scale, rows):
+    x, codebook = cases.clustered(rows, 100, 24, seed=92)
+    verify((x * 100).round() / 100 * scale, codebook * scale, metric, "few")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_offsets_leave_few_candidates_on_cpu(metric):
+    """Bounds are taken around a centre, so what sits around 1,000 is told apart as well as what sits around 0 (l2, dot)."""
+    x, codebook = cases.clustered(64, 512, 32, seed=93, spread=1.0)
+    found = verify(x + 1000.0, codebook + 1000.0, metric, "few")
+    assert metric == "cosine" or found.road == "few"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rows", [1, 100], ids="N{}".format)
+def test_equal_codes_are_decided_once_on_cpu(metric, share, rows):
+    """Rows sit at a code that is there hundreds of times, first or last in the codebook: the formula sees one of them."""
+    x, codebook = cases.clustered(rows, 1024, 32, seed=94)
+    codebook[: int(share * 1024)] = codebook[0].clone()
+    for codes in (codebook, codebook.flip(0)):
+        found = verify(codebook[:1] + 0.01 * x, codes, metric, "few")
+        assert found.candidates <= 8 * rows
+
+
+def test_sizes_choose_the_road_on_cpu():
+    """Few rows of a large codebook prepare nothing; many do."""
+    codebook = cases.normal(1024, 64, seed=95)
+    assert [_backends.search_counts(cases.normal(n, 64, seed=96), codebook).road for n in (1, 16, 75)] == ["few"] * 3
+    assert _backends.search_counts(cases.normal(8192, 64, seed=97), codebook).road != "few"
+
+
+@pytest.mark.parametrize("name", ["nearest", "vector_quantize", "residual_quantize"])
+def test_public_functions_agree_with_many_rows_on_cpu(name):
+    """One row at a time takes the road of few rows, all at once another; codes and values are the same."""
+    x, codebook = cases.clustered(1500, 512, 16, seed=98)
+    codes = torch.stack([codebook, 0.3 * codebook]) if name == "residual_quantize" else codebook
+    call = getattr(vqfast, name)
+    whole = call(x, codes, backend="cpu")
+    for at in (0, 7, 100, 1499):
+        alone = call(x[at : at + 1], codes, backend="cpu")
+        same(alone.indices[0], whole.indices[at])
