@@ -31,38 +31,40 @@ def check_metric(metric: str) -> int:
     return METRICS[metric]
 
 
-def check_codebook(codebook: Tensor, beside: str = "") -> Tensor:
-    """[K, D] or [G, K, D] -> [G, K, D]; `beside` describes the other tensor of the call."""
+def check_codebook(codebook: Tensor, other: Tensor, named: str) -> Tensor:
+    """[K, D] or [G, K, D] -> [G, K, D]; `named`, as "x is", leads to the other tensor of the call in a message."""
     check_float("codebook", codebook)
     if codebook.dim() not in (2, 3):
-        raise ValueError(
-            f"{beside}codebook is {describe(codebook)}: it must be [K, D] or, with groups, [G, K, D]. Reshape it."
-        )
+        raise ValueError(f"{_both(other, named, codebook)}: it must be [K, D] or, with groups, [G, K, D]. Reshape it.")
     if codebook.numel() == 0:
         raise ValueError(
-            f"{beside}codebook is {describe(codebook)}: it needs at least one group, one code and one dimension. Pass a codebook"
+            f"{_both(other, named, codebook)}: it needs at least one group, one code and one dimension. Pass a codebook"
             " that is not empty."
         )
     return codebook if codebook.dim() == 3 else codebook[None]
 
 
+def _both(x: Tensor, named: str, codebook: Tensor) -> str:
+    # Called by what raises: to describe two tensors takes longer than to search for a row or two.
+    return f"{named} {describe(x)}, codebook is {describe(codebook)}"
+
+
 def canonical(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Check x against codebook and bring both to [B, G, N, D] and [G, K, D], without a copy where strides allow."""
     check_float("x", x)
-    grouped = check_codebook(codebook, f"x is {describe(x)}, ")
-    both = f"x is {describe(x)}, codebook is {describe(codebook)}"
+    grouped = check_codebook(codebook, x, "x is")
     if x.dim() < 1 or x.shape[-1] != codebook.shape[-1]:
         raise ValueError(
-            f"{both}: the last axis of both must have the same length. For channels-first data move the channels last"
-            " (x.movedim(1, -1)) or use a layer with channel_dim=1."
+            f"{_both(x, 'x is', codebook)}: the last axis of both must have the same length. For channels-first data move the"
+            " channels last (x.movedim(1, -1)) or use a layer with channel_dim=1."
         )
     if x.device != codebook.device:
-        raise ValueError(f"{both}: both must be on one device. Move one of them with .to(device).")
+        raise ValueError(f"{_both(x, 'x is', codebook)}: both must be on one device. Move one of them with .to(device).")
     if codebook.dim() == 3:
         if x.dim() < 3 or x.shape[-3] != codebook.shape[0]:
             raise ValueError(
-                f"{both}: a grouped codebook [G, K, D] needs x of shape [..., G, N, D] with the same G. Use"
-                " x.unflatten(-1, (G, D)).movedim(-2, -3) to split channels into groups."
+                f"{_both(x, 'x is', codebook)}: a grouped codebook [G, K, D] needs x of shape [..., G, N, D] with the same"
+                " G. Use x.unflatten(-1, (G, D)).movedim(-2, -3) to split channels into groups."
             )
         return collapse_leading(x, 3), grouped
     return _rows(x), grouped

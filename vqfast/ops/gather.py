@@ -100,7 +100,7 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
     Gradient: to the codebook, summed in float64 in a fixed order (deterministic).
     """
     indices = _shapes.check_indices("indices", indices)
-    groups = _shapes.check_codebook(codebook, f"indices are {_shapes.describe(indices)}, ")
+    groups = _shapes.check_codebook(codebook, indices, "indices are")
     if indices.device != codebook.device:
         raise ValueError(
             f"codebook is {_shapes.describe(codebook)}, indices are {_shapes.describe(indices)}: both must be on one device."

@@ -136,8 +136,9 @@ def step(x, codebook, mask=None, *, metric=0, with_sums=False, hints=(None, None
     """Run the fused step on canonical shapes (no checks)."""
     chosen = _backends.choose("quantize", backend, x, codebook)
     arguments = (x, codebook, mask, metric, with_sums, *hints)
-    # A traced graph must hold the op itself, whose gradient is registered with it; eager calls take the cheaper Function.
-    if torch.compiler.is_compiling():
+    # A traced graph must hold the op itself, whose gradient is registered with it; eager calls take the cheaper Function, and
+    # none where no gradient can be asked for.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return Step(*_border.call("quantize", chosen)(*arguments))
     return Step(*Quantize.apply(*arguments, chosen))
 

@@ -104,7 +104,7 @@ def step(x, codebooks, mask=None, *, metric=0, with_sums=False, backend=None) ->
     chosen = _backends.choose("residual", backend, x, codebooks)
     with_rows = torch.is_grad_enabled() and x.requires_grad and not codebooks.requires_grad
     arguments = (x, codebooks, mask, metric, with_sums, with_rows)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return quantize.Step(*_border.call("residual", chosen)(*arguments)[:6])
     return quantize.Step(*Residual.apply(*arguments, chosen)[:6])
 
