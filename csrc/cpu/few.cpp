@@ -14,7 +14,7 @@ constexpr int64_t kTileBytes = 256 << 10;   // rows that pass over the codebook 
 // Turning a panel around costs about as much as multiplying this many coordinates of it by a row, measured; many rows share it.
 constexpr int64_t kDirectDims = 32, kDirectRows = 16;
 constexpr int64_t kMostRows = 2048;         // beyond, a codebook that is turned around once is read faster
-constexpr int kSpreadCodes = 32;
+constexpr int kSpreadCodes = 16;
 constexpr double kManyDirections = 8;       // measured: from about 5 on, panels gain nothing for kMostRows rows
 constexpr int64_t kMostDims = 4096;         // beyond, a panel would leave the second-level cache
 constexpr double kTaskProducts = 0x1p20;    // coordinates of rows times codes that are worth a thread
@@ -276,10 +276,12 @@ bool FewSearch::run(const Rows& rows, double* score, int64_t* index) {
 
 }  // namespace
 
-Few few_rows(int64_t rows, int64_t dim) {
+Few few_rows(int64_t rows, int64_t codes, int64_t dim) {
   if (dim > kMostDims || rows > kMostRows) return Few::kNo;
   // Measured: up to so many rows other roads cost more by what they prepare, even where they then pass over most codes.
-  return rows <= 64 + 24576 / dim ? Few::kYes : Few::kIfSpread;
+  if (rows <= 64 + 24576 / dim) return Few::kYes;
+  // NearestSearch::panels_pay does not ask for panels there, so that the other road is the dense one.
+  return codes < 128 || (double)rows * codes * dim < 0x1p24 ? Few::kYes : Few::kIfSpread;
 }
 
 int64_t search_few(const ExactCodes& codes, int64_t count, const Rows& rows, Few few, const Parallel& parallel, double* score,

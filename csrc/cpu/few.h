@@ -7,7 +7,7 @@ namespace vqfast {
 // Whether a search of this size is one for few rows. kIfSpread: where no few directions hold most of the codes' variance, so that the
 // pruned road, which looks for them, would look in vain.
 enum class Few { kNo, kIfSpread, kYes };
-Few few_rows(int64_t rows, int64_t dim);
+Few few_rows(int64_t rows, int64_t codes, int64_t dim);
 
 // score [rows.count] and index [rows.count] as NearestSearch::run gives them. Returns how many candidates were settled, or -1: the data
 // is not for this road (few directions where that counts, sizes that ask for scaling, too many codes equally near, a wild row), and the

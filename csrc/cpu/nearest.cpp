@@ -327,7 +327,7 @@ void NearestSearch::settle_always(const Rows& rows, double* score, int64_t* inde
 
 void search_rows(const ExactCodes& given, int64_t count, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road,
                  double* score, int64_t* index, SearchReport* report) {
-  const Few few = road == Road::kFew ? Few::kYes : road == Road::kAuto ? few_rows(rows.count, given.dim) : Few::kNo;
+  const Few few = road == Road::kFew ? Few::kYes : road == Road::kAuto ? few_rows(rows.count, count, given.dim) : Few::kNo;
   const int64_t settled = few == Few::kNo ? -1 : search_few(given, count, rows, few, parallel, score, index);
   if (settled >= 0) {
     if (report) {
