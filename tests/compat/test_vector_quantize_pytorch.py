@@ -36,6 +36,14 @@ LAYERS = {
     "stochastic": ({"stochastic_sample_codes": True, "sample_codebook_temp": 0.5}, TOKENS),
     "dead codes": ({"threshold_ema_dead_code": 2}, TOKENS),
     "dead codes, heads": ({**SEPARATE, "threshold_ema_dead_code": 2}, TOKENS),
+    "dead codes, heads of a volume": ({**SHARED, "threshold_ema_dead_code": 2, "accept_3d_fmap": True}, (2, 16, 3, 5, 7)),
+    "stochastic, heads": ({**SHARED, "stochastic_sample_codes": True, "sample_codebook_temp": 0.5}, TOKENS),
+    "k-means, heads": ({**SHARED, "kmeans_init": True}, TOKENS),
+    "directional, heads of an image": (
+        {**SHARED, "directional_reparam": True, "threshold_ema_dead_code": 2, "accept_image_fmap": True},
+        (2, 16, 5, 7),
+    ),
+    "directional, separate heads": ({**SEPARATE, "directional_reparam": True, "threshold_ema_dead_code": 2}, TOKENS),
     "k-means": ({"kmeans_init": True}, TOKENS),
     "k-means, cosine, dead codes": ({"kmeans_init": True, "use_cosine_sim": True, "threshold_ema_dead_code": 2}, TOKENS),
     "directional": ({"directional_reparam": True, "threshold_ema_dead_code": 2}, TOKENS),
@@ -92,6 +100,12 @@ def test_a_call_does_what_the_other_library_does(case, train):
     assert_same(*pair("VectorQuantize", **BASE), TOKENS, train=train, steps=10 if train else 2, **CALLS[case])
 
 
+def test_masked_rows_replace_no_code():
+    """Rows are drawn from the valid ones, the same as in the other library."""
+    peer, ours = pair("VectorQuantize", **BASE, threshold_ema_dead_code=2)
+    assert_same(peer, ours, TOKENS, steps=10, **CALLS["mask"])
+
+
 @pytest.mark.parametrize("kwargs, shape", [({"channel_last": False}, (2, 16, 20)), ({"accept_image_fmap": True}, (2, 16, 5, 7))])
 def test_the_k_nearest_in_other_layouts(kwargs, shape):
     assert_same(*pair("VectorQuantize", **BASE | kwargs), shape, steps=2, topk=2)
@@ -108,6 +122,7 @@ SOFT = {
         "rotation_trick": False,
         "route_gradients_to_input": False,
     },
+    "gumbel, nearest code": {"straight_through": True, "rotation_trick": False, "route_gradients_to_input": False},
 }
 
 
@@ -121,6 +136,18 @@ def test_soft_assignments_in_chunks(case, chunk, monkeypatch):
     # Unfrozen the values still agree.
     peer, ours = pair("VectorQuantize", **BASE | SOFT[case])
     assert_same(peer, ours, TOKENS, steps=3, gradients=False)
+
+
+@pytest.mark.parametrize("case", ["diversity", "cross entropy", "cross entropy, heads", "targets"])
+def test_losses_of_codes_that_a_function_makes(case):
+    """codebook_transform_fn= with the terms that compare with every code."""
+    kwargs = {"commitment_weight": 1.0} if case == "targets" else SOFT[case]
+    call = {"indices": CALLS["targets"]["indices"][:, :6]} if case == "targets" else {}
+    batch = 4 if "heads" in case else 2
+    shift = torch.linspace(0, 1, batch * 6).reshape(1, batch, 6, 1, 1)
+    peer, ours = pair("VectorQuantize", **BASE | kwargs)
+    options = {"codebook_transform_fn": lambda codes: codes[:, None, None] * (1 + shift), "freeze_codebook": True, **call}
+    assert_same(peer, ours, (2, 6, 16), steps=2, **options)
 
 
 def test_diversity_of_single_tokens():

@@ -38,6 +38,31 @@ def test_a_layer_does_what_the_other_library_does(case, train):
     assert_same(*pair("ResidualVQ", **BASE | LAYERS[case]), shape, train=train, steps=steps)
 
 
+DIVERSITY = {"codebook_diversity_loss_weight": 0.5, "codebook_diversity_temperature": 3.0}
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 32 * 16 * 3])
+@pytest.mark.parametrize(
+    "kwargs, shape",
+    # not the cross entropy of single tokens, for which the other library fails
+    [(DIVERSITY, (2, 8, 16)), (DIVERSITY, (12, 16)), ({"commitment_use_cross_entropy_loss": True}, (2, 8, 16))],
+    ids=["diversity", "diversity, single tokens", "cross entropy"],
+)
+def test_losses_of_all_codes_of_an_implicit_codebook(kwargs, shape, chunk, monkeypatch):
+    peer, ours = pair("ResidualVQ", **BASE, implicit_neural_codebook=True, **kwargs)
+    monkeypatch.setattr("vqfast.compat.vector_quantize_pytorch._plain.CHUNK_SCORES", chunk)
+    assert_same(peer, ours, shape, steps=2)
+
+
+def test_cross_entropy_of_an_implicit_codebook():
+    _, ours = pair("ResidualVQ", **BASE, implicit_neural_codebook=True)
+    x = torch.randn(2, 8, 16)
+    quantized, indices, _ = ours.eval()(x)
+    again, entropy = ours(x, indices=indices)
+    torch.testing.assert_close(again, quantized)
+    assert entropy < ours(x, indices=(indices + 1) % 32)[1]
+
+
 @pytest.mark.parametrize("dtype, train", [(torch.bfloat16, False), (torch.float64, False), (torch.float64, True)])
 def test_other_precisions(dtype, train):
     """Not bfloat16 in training, where the other library's rotated codes are off by their rounding, and so is what is left over."""
@@ -102,7 +127,7 @@ def test_wider_beams_come_nearer():
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kwargs", [{}, {"quantize_dropout": True}, {"shared_codebook": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"quantize_dropout": True}, {"shared_codebook": True}, {"threshold_ema_dead_code": 2}], ids=str)
 def test_groups(kwargs, train):
     assert_same(*pair("GroupedResidualVQ", **BASE, groups=2, **kwargs), TOKENS, train=train, steps=10 if train else 2)
 

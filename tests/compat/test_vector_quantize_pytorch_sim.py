@@ -32,6 +32,11 @@ def test_sim_vq(case, train):
     torch.testing.assert_close(ours.indices_to_codes(indices), peer.indices_to_codes(indices))
 
 
+def test_sim_vq_in_double_precision():
+    peer, ours = pair("SimVQ", **BASE)
+    assert_same(peer.double(), ours.double(), TOKENS, steps=3, dtype=torch.float64)
+
+
 def test_sim_vq_finds_the_codes_of_float64():
     _, ours = pair("SimVQ", dim=8, codebook_size=300)
     x = torch.randn(1, 1000, 8)

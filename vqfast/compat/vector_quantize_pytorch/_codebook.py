@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqfast import _backends, _border
-from vqfast.compat.vector_quantize_pytorch import _plain
+from vqfast.compat.vector_quantize_pytorch import _helpers, _plain
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._gradients import l2norm
+from vqfast.compat.vector_quantize_pytorch._helpers import gumbel_sample
 from vqfast.nn import _revival
 from vqfast.nn._base import WideState, rerun_in_backward
 from vqfast.nn._distributed import all_gather_rows, all_reduce_stats, world
@@ -59,8 +61,7 @@ class Codebook(WideState):
         reset_cluster_size: float | None = None,
         use_ddp: bool | None = None,
         learnable_codebook: bool = False,
-        stochastic: bool = False,
-        straight_through: bool = False,
+        gumbel_sample: Callable = gumbel_sample,
         sample_codebook_temp: float = 1.0,
         ema_update: bool = True,
         manual_ema_update: bool = False,
@@ -80,7 +81,13 @@ class Codebook(WideState):
         self.reset_cluster_size = threshold_ema_dead_code if reset_cluster_size is None else reset_cluster_size
         self.sync_codebook = use_ddp
         self.learnable_codebook = learnable_codebook
-        self.stochastic, self.straight_through, self.sample_codebook_temp = stochastic, straight_through, sample_codebook_temp
+        require(
+            getattr(gumbel_sample, "func", gumbel_sample) is _helpers.gumbel_sample,
+            "gumbel_sample must be the function of that name, or a functools.partial of it.",
+        )
+        self.gumbel_sample, self.sample_codebook_temp = gumbel_sample, sample_codebook_temp
+        options = getattr(gumbel_sample, "keywords", {})
+        self.stochastic, self.straight_through = (options.get(name, False) for name in ("stochastic", "straight_through"))
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
         self.use_cosine_sim = use_cosine_sim
         self.vq_bridge = vq_bridge
@@ -160,12 +167,16 @@ class Codebook(WideState):
             self._update_affine(rows, mask)
 
     def lookup(
-        self, rows: Tensor, codes: Tensor, mask: Tensor | None = None, *, temperature=None, topk=None, with_sums=False
+        self, rows: Tensor, codes: Tensor, mask: Tensor | None = None, *, temperature=None, soft=None, topk=None, with_sums=False
     ) -> Found:
-        """Codes for rows [B, C, N, D] (mask [B, N] bool): the nearest ones; drawn ones with a temperature; or the k nearest."""
+        """Codes for rows [B, C, N, D] (mask [B, N] bool): the nearest ones; drawn ones with a temperature; or the k nearest.
+
+        soft: the temperature of the softmax over all codes whose gradient the result takes, in place of none to the rows.
+        """
         if temperature is None and topk is None:
             step = quantize.step(rows, codes, mask, metric=_shapes.check_metric(self.metric), with_sums=with_sums)
             quantized = gather(codes, step.indices) if codes.requires_grad else step.quantized.detach()
+            quantized = self._softly(quantized, rows, codes, soft)
             return Found(step.indices, quantized, step.sq_error, step.sums, step.counts)
         indices = _plain.pick(rows, codes, self.use_cosine_sim, temperature=temperature, topk=topk)
         if mask is not None:
@@ -173,10 +184,14 @@ class Codebook(WideState):
         quantized = gather(codes, indices.flatten(2)).unflatten(2, indices.shape[2:])
         if topk is not None:
             return Found(indices, quantized, None, rows.new_empty(0), rows.new_zeros(codes.shape[:2], dtype=torch.int64))
-        if temperature is not None and self.straight_through:
-            soft = _plain.soft_codes(rows, codes, self.use_cosine_sim, temperature)
-            quantized = quantized + (soft - soft.detach())
-        return self.assigned(rows, quantized, indices)
+        return self.assigned(rows, self._softly(quantized, rows, codes, soft), indices)
+
+    def _softly(self, quantized: Tensor, rows: Tensor, codes: Tensor, temperature: float | None) -> Tensor:
+        """`quantized` with the gradient of softmax(logits / temperature) @ codes."""
+        if temperature is None:
+            return quantized
+        soft = _plain.soft_codes(rows, codes, self.use_cosine_sim, temperature).to(quantized.dtype)
+        return quantized + (soft - soft.detach())
 
     def assigned(self, rows: Tensor, quantized: Tensor, indices: Tensor) -> Found:
         """Error and statistics of rows whose codes were found by other means than the search."""
@@ -188,23 +203,56 @@ class Codebook(WideState):
         )
         return Found(indices, quantized, error, *code_stats(rows.detach(), indices, self.codebook_size))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool = False):
-        """Look up x [b, n, d] or [C, b, n, d]; the seam that other code calls directly.
+    def forward(
+        self,
+        x: Tensor,
+        sample_codebook_temp: float | None = None,
+        mask: Tensor | None = None,
+        freeze_codebook: bool = False,
+        codebook_transform_fn: Callable | None = None,
+        ema_update_weight: Tensor | Callable | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+        topk: int | None = None,
+        update_usage: bool = True,
+    ):
+        """Look up x [b, n, d] or [C, b, n, d] and, in training, learn from it; the seam that other code calls directly.
+
+        Args: as of `VectorQuantize`; mask [b, n], or of the batch that heads in b share. update_usage: whether to learn.
 
         Returns:
-            (codes of x's shape, indices [b, n] or [C, b, n], minus distances [C, b, n, K]); the last one is N x K by nature.
+            (codes of x's shape, indices [b, n] or [C, b, n], minus distances [C, b, n, K]); the last one is N x K by nature. With
+            topk codes and indices have an axis of k behind n.
         """
         stacked = x if x.dim() == 4 else x[None]
         rows = stacked.transpose(0, 1)
+        if mask is not None:
+            mask = mask.repeat_interleave(len(rows) // len(mask), 0)
         self.prepare(rows.detach(), mask)
+        learns = self.training and update_usage and not freeze_codebook and topk is None
         codes = self.codes()
-        codes = codes.clone() if self.training else codes
-        found = self.lookup(rows, codes, mask, with_sums=self.training)
-        distances = _plain.logits(stacked.flatten(1, 2), codes, self.use_cosine_sim).unflatten(1, stacked.shape[1:3])
-        if self.training and not freeze_codebook:
-            self.learn(rows.detach(), found)
+        codes = codes.clone() if learns else codes
+        temperature, soft = self.temperatures(sample_codebook_temp)
+        if codebook_transform_fn is not None:
+            from vqfast.compat.vector_quantize_pytorch import _conditional
+
+            found = _conditional.lookup(self, rows, codes, codebook_transform_fn, mask, temperature=temperature, topk=topk)
+            distances = _conditional.logits(self, rows, codes, codebook_transform_fn)
+        else:
+            soft = soft if topk is None else None
+            found = self.lookup(rows, codes, mask, temperature=temperature, soft=soft, topk=topk, with_sums=learns)
+            distances = _plain.logits(stacked.flatten(1, 2), codes, self.use_cosine_sim).unflatten(1, stacked.shape[1:3])
+        if learns:
+            self.learn(rows.detach(), found, weight=ema_update_weight, accumulate=accum_ema_update, ema_update=ema_update)
         quantized, indices = found.quantized.transpose(0, 1), found.indices.transpose(0, 1)
         return (quantized, indices, distances) if x.dim() == 4 else (quantized[0], indices[0], distances)
+
+    def temperatures(self, asked: float | None = None) -> tuple[float | None, float | None]:
+        """Of drawing codes, and of the softmax over all of them that gives the gradient; None where there is none."""
+        temperature = self.sample_codebook_temp if asked is None else asked
+        if not self.training or temperature <= 0:
+            return None, None
+        return temperature if self.stochastic else None, temperature if self.straight_through else None
 
     # -- moving averages -------------------------------------------------------------------------------------------------
 
@@ -225,7 +273,7 @@ class Codebook(WideState):
             return
         sums, counts, pool = found.sums, found.counts, None
         if self.use_ddp:
-            pool = self._candidates(rows, found.indices, _SLOTS)
+            pool = self._candidates(rows, found.indices, _SLOTS if self.has_dead_code_replacement else 0)
             sums, counts, pool = all_reduce_stats(sums, counts, pool, None)
         size = counts.to(self.cluster_size.dtype)
         sums = self._from_input_space(sums, size[..., None])
@@ -267,12 +315,45 @@ class Codebook(WideState):
         usable = where & mean.isfinite().all(-1, keepdim=True)  # 0 / 0 or an overflow leaves the code as it is
         self.embed.data.copy_(torch.where(usable, mean, self.embed))
 
-    def update_indices(self, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **kwargs) -> None:
-        """Learn from rows [B, C, N, D] and indices [B, C, N] that were found earlier; -1 and mask [B, N] = False leave rows out."""
+    def relearn(self, rows: Tensor, indices: Tensor, mask: Tensor | None = None, **kwargs) -> None:
+        """`learn` from rows [B, C, N, D] and indices [B, C, N] that were found earlier; -1 and mask [B, N] = False leave rows out."""
         if mask is not None:
-            embed_ind = embed_ind.masked_fill(~mask[:, None], -1)
-        stats = code_stats(x.detach(), embed_ind, self.codebook_size)
-        self.learn(x.detach(), Found(embed_ind, x, None, *stats), **kwargs)
+            indices = indices.masked_fill(~mask[:, None], -1)
+        stats = code_stats(rows.detach(), indices, self.codebook_size)
+        self.learn(rows.detach(), Found(indices, rows, None, *stats), **kwargs)
+
+    def update_indices(
+        self,
+        x: Tensor,
+        embed_ind: Tensor,
+        mask: Tensor | None = None,
+        ema_update_weight: Tensor | Callable | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """Learn from x [b, n, d] or [C, b, n, d] and the indices that `forward` gave; arguments as of `forward`."""
+        stacked, found = (x, embed_ind) if x.dim() == 4 else (x[None], embed_ind[None])
+        mask = None if mask is None else mask.repeat_interleave(stacked.shape[1] // len(mask), 0)
+        options = {"weight": ema_update_weight, "accumulate": accum_ema_update, "ema_update": ema_update}
+        self.relearn(stacked.transpose(0, 1), found.reshape(stacked.shape[:-1]).transpose(0, 1), mask, **options)
+
+    # for callers of the older name
+    update_ema_indices = update_indices
+
+    def update_codebook(
+        self,
+        flatten: Tensor,
+        embed_onehot: Tensor,
+        mask: Tensor | None = None,
+        ema_update_weight: Tensor | Callable | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """Learn from rows [C, n, D] and their one-hot rows [C, n, K]; mask [C, n], True = valid."""
+        indices = embed_onehot.argmax(-1)
+        indices = indices if mask is None else indices.masked_fill(~mask, -1)
+        options = {"weight": ema_update_weight, "accumulate": accum_ema_update, "ema_update": ema_update}
+        self.relearn(flatten[None], indices[None], **options)
 
     # -- dead codes ------------------------------------------------------------------------------------------------------
 
@@ -292,14 +373,26 @@ class Codebook(WideState):
             pool = all_reduce_stats(empty, counts, self._candidates(rows, indices, _SLOTS), None)[2]
         self._replace_dead(rows, indices, pool)
 
+    @torch.no_grad()
+    def replace(self, batch_samples: Tensor, batch_mask: Tensor, seq_mask: Tensor | None = None) -> None:
+        """Put rows of batch_samples [C, n, D] (seq_mask [C, n] of them) in place of the codes of batch_mask [C, K]; needs no training."""
+        rows = self.transform_input(batch_samples)[None]
+        indices = torch.zeros(rows.shape[:3], dtype=torch.int64, device=rows.device)
+        indices = indices if seq_mask is None else indices.masked_fill(~seq_mask[None], -1)
+        self._put(self._candidates(rows, indices, min(self.codebook_size, rows.shape[2])), batch_mask)
+
     def _candidates(self, rows: Tensor, indices: Tensor, slots: int) -> Tensor:
         """Rows in random order, [C, slots, D + 1], valid ones first and marked by a last column of 1; zeros after them."""
         rows = rows.transpose(0, 1).flatten(1, 2).to(self.embed_avg.dtype)
         valid = (indices.transpose(0, 1).flatten(1, 2) >= 0) & rows.isfinite().all(-1)
-        out = rows.new_zeros(rows.shape[0], slots if self.has_dead_code_replacement else 0, rows.shape[-1] + 1)
+        out = rows.new_zeros(rows.shape[0], slots, rows.shape[-1] + 1)
         for group, good, pool in zip(rows, valid, out, strict=True):
-            order = torch.randperm(len(group), device=group.device)
-            order = order[(~good)[order].to(torch.int8).argsort(stable=True)][: len(pool)]
+            if group.device.type == "cpu" and not torch.compiler.is_compiling():
+                order = good.nonzero()[:, 0]  # drawn from what is valid, as in the other library
+                order = order[torch.randperm(len(order))][: len(pool)]
+            else:  # without asking the device how many are valid
+                order = torch.randperm(len(group), device=group.device)
+                order = order[(~good)[order].to(torch.int8).argsort(stable=True)][: len(pool)]
             pool[: len(order), :-1] = torch.where(good[order, None], group[order], 0)
             pool[: len(order), -1] = good[order]
         return out
@@ -316,6 +409,10 @@ class Codebook(WideState):
             pool = self._candidates(rows, indices, min(self.codebook_size, rows.shape[0] * rows.shape[2]))
         else:
             pool = pool.unflatten(1, (-1, _SLOTS)).transpose(1, 2).flatten(1, 2)  # the processes take turns
+        self._put(pool, dead)
+
+    def _put(self, pool: Tensor, dead: Tensor) -> None:
+        """Rows of a pool [C, slots, D + 1] in place of the codes of dead [C, K]."""
         pool = torch.cat((self._from_input_space(pool[..., :-1], 1.0), pool[..., -1:]), -1)
         # With fewer rows than dead codes, others are served each time.
         number, real = dead.sum(-1, keepdim=True), (pool[..., -1] > 0).sum(-1, keepdim=True)

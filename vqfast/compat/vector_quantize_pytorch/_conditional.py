@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.compat.vector_quantize_pytorch import _plain
@@ -24,12 +25,10 @@ class RowCodes:
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], condition: Tensor):
         self.network, self.condition = network, condition.reshape(-1, condition.shape[-1])
 
-    def chunks(self, codes: Tensor):
-        """(first row, codes [n, K, D] of n rows), chunk by chunk; codes [K, D]."""
-        step = max(1, _plain.CHUNK_SCORES // codes.numel())
-        for start in range(0, len(self.condition), step):
-            part = self.condition[start : start + step, None]
-            yield start, self.network(codes.expand(len(part), *codes.shape), part.expand(-1, len(codes), -1))
+    def some(self, codes: Tensor, rows: slice) -> Tensor:
+        """[n, K, D]: the codes of n rows; codes [K, D]."""
+        part = self.condition[rows, None]
+        return self.network(codes.expand(len(part), *codes.shape), part.expand(-1, len(codes), -1))
 
     def chosen(self, codes: Tensor, indices: Tensor) -> Tensor:
         """[..., D] codes of indices [rows] or [rows, k]; differentiable."""
@@ -43,8 +42,8 @@ class AllCodes:
     def __init__(self, codes: Tensor):
         self.all = codes
 
-    def chunks(self, codes: Tensor):
-        yield 0, self.all
+    def some(self, codes: Tensor, rows: slice) -> Tensor:
+        return self.all[rows]
 
     def chosen(self, codes: Tensor, indices: Tensor) -> Tensor:
         picked = indices.reshape(len(indices), -1, 1).clamp(min=0).expand(-1, -1, self.all.shape[-1])
@@ -59,10 +58,7 @@ def lookup(
     rows [B, C, N, D], codes [C, K, D], mask [B, N]; transform is a RowCodes (one codebook), or a function of codes [C, K, D]
     that returns [C, B, N, K, D].
     """
-    if isinstance(transform, RowCodes):
-        sources = [transform]
-    else:
-        sources = [AllCodes(own.flatten(0, 1)) for own in transform(codes)]
+    sources = _sources(codes, transform)
     b, c, n, d = rows.shape
     flat = rows.transpose(0, 1).reshape(c, b * n, d)
     found, quantized = [], []
@@ -81,15 +77,82 @@ def lookup(
     return codebook.assigned(rows, quantized, indices)
 
 
+def _sources(codes: Tensor, transform) -> list[RowCodes] | list[AllCodes]:
+    return [transform] if isinstance(transform, RowCodes) else [AllCodes(own.flatten(0, 1)) for own in transform(codes)]
+
+
+def _step(codes: Tensor) -> int:
+    """Rows whose codes are made at once."""
+    return max(1, _plain.CHUNK_SCORES // codes.numel())
+
+
+def _groups(rows: Tensor, codes: Tensor, transform, *more: Tensor):
+    """Per codebook: (source, its rows [B N, D], codes [K, D], and the same of more tensors [B, C, N])."""
+    flat = rows.transpose(0, 1).flatten(1, 2)
+    return zip(_sources(codes, transform), flat, codes, *(t.transpose(0, 1).flatten(1, 2) for t in more), strict=True)
+
+
+def _scores(rows: Tensor, codes: Tensor, cosine: bool) -> Tensor:
+    """[n, D], [n, K, D] -> [n, K]; larger is nearer."""
+    if cosine:
+        return (rows[:, None] * l2norm(codes)).sum(-1)
+    # At 0 a square root has no gradient.
+    return -(rows[:, None] - codes).square().sum(-1).clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
+
+
+def logits(codebook: Codebook, rows: Tensor, codes: Tensor, transform) -> Tensor:
+    """[C, B, N, K]: of all rows [B, C, N, D] and all codes that `transform` makes of codes [C, K, D]; as large as it says."""
+    cosine, found = codebook.use_cosine_sim, []
+    for source, group, own in _groups(rows, codes, transform):
+        parts = [slice(start, start + _step(own)) for start in range(0, len(group), _step(own))]
+        found.append(torch.cat([_scores(group[part], source.some(own, part), cosine) for part in parts]))
+    return torch.stack(found).unflatten(1, (rows.shape[0], rows.shape[2]))
+
+
+def cross_entropy(codebook: Codebook, rows: Tensor, codes: Tensor, transform, targets: Tensor) -> Tensor:
+    """`_plain.cross_entropy` among the codes that `transform` makes; targets [B, C, N]."""
+    cosine, sums = codebook.use_cosine_sim, [rows.new_zeros(())]
+    for source, group, own, aims in _groups(rows, codes, transform, targets):
+        for start in range(0, len(group), _step(own)):
+            part = slice(start, start + _step(own))
+
+            def total(rows, codes, aims, source=source, part=part):
+                return F.cross_entropy(_scores(rows, source.some(codes, part), cosine), aims, ignore_index=-1, reduction="sum")
+
+            sums.append(_plain.again_in_backward(total, group[part], own, aims[part]))
+    return torch.stack(sums).sum() / (targets != -1).sum().clamp(min=1)
+
+
+def diversity(codebook: Codebook, rows: Tensor, codes: Tensor, transform, temperature: float) -> Tensor:
+    """`_plain.diversity` among the codes that `transform` makes; rows [B, C, N, D] by position."""
+    b, c, n, d = rows.shape
+    cosine, step = codebook.use_cosine_sim, _step(codes[0])
+    width = max(1, min(n, step))  # positions at once; and so many elements of the batch, where these hold all positions:
+    batch = max(1, step // n) if width == n else 1
+    groups, entropies = list(_groups(rows, codes, transform)), [rows.new_zeros(())]
+    for first in range(0, n, width):
+        own_width, parts = min(width, n - first), []
+        for source, group, own in groups:
+            for start in range(0, b, batch):
+                last = min(start + batch, b) - 1
+                part = slice(start * n + first, last * n + first + own_width)
+
+                def shares(rows, codes, source=source, part=part, positions=own_width):
+                    prob = (_scores(rows, source.some(codes, part), cosine) * temperature).softmax(-1)
+                    return prob.unflatten(0, (-1, positions)).sum(0)
+
+                parts.append(_plain.again_in_backward(shares, group[part], own))
+        mean = torch.stack(parts).sum(0) / (b * c)
+        entropies.append(-(mean * mean.clamp(min=1e-5).log()).sum())
+    return -torch.stack(entropies).sum() / max(n, 1)
+
+
 @torch.no_grad()
 def _best(source, rows: Tensor, codes: Tensor, cosine: bool, temperature: float | None, topk: int | None) -> Tensor:
     found = []
-    for start, own in source.chunks(codes):
-        part = rows[start : start + len(own), None]
-        if cosine:
-            scores = (part * l2norm(own)).sum(-1)
-        else:
-            scores = -(part - own).square().sum(-1).sqrt()
+    for start in range(0, len(rows), _step(codes)):
+        part = slice(start, start + _step(codes))
+        scores = _scores(rows[part], source.some(codes, part), cosine)
         if temperature is not None:
             scores = scores / temperature + _plain.gumbel_noise(scores)
         found.append(scores.argmax(-1) if topk is None else scores.topk(topk, dim=-1).indices)

@@ -29,12 +29,19 @@ def channels_back(x: Tensor, like: Tensor, channel_first: bool) -> Tensor:
 
 
 def rows_of(x: Tensor, heads: int, separate: bool) -> Tensor:
-    """[B, ..., heads * D] -> [B, heads, N, D] with a codebook per head, else [B, 1, N * heads, D]; a view where strides allow."""
-    x = x[None] if x.dim() == 2 else x.flatten(1, -2)
+    """[B, ..., heads * D] -> [B, heads, N, D] with a codebook per head, else [B, 1, heads * N, D]; single tokens are one batch.
+
+    Heads that share a codebook come one after another, as in the other library, so that random draws over rows are the same. That
+    takes a copy, small beside the search.
+    """
+    single = x.dim() == 2
+    x = x[None] if single else x.flatten(1, -2)
     if heads == 1:
         return x[:, None]
     x = x.unflatten(-1, (heads, -1))
-    return x.transpose(1, 2) if separate else x.flatten(1, 2)[:, None]
+    if separate:
+        return x.transpose(1, 2)
+    return (x if single else x.transpose(1, 2)).flatten(1, 2)[:, None]
 
 
 def from_rows(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bool) -> Tensor:
@@ -43,14 +50,25 @@ def from_rows(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bool
         return rows[:, 0].reshape(*leading, *rows.shape[3:])
     if separate:
         return rows.transpose(1, 2).reshape(*leading, heads, *rows.shape[3:])
-    return rows[:, 0].reshape(*leading, heads, *rows.shape[3:])
+    if len(leading) == 1:
+        return rows[:, 0].reshape(*leading, heads, *rows.shape[3:])
+    return rows[:, 0].unflatten(1, (heads, -1)).transpose(1, 2).reshape(*leading, heads, *rows.shape[3:])
+
+
+def rows_mask(mask: Tensor, heads: int, separate: bool) -> Tensor:
+    """[B, ...] -> [B, N] as `rows_of` orders rows."""
+    single = mask.dim() == 1
+    mask = mask[None] if single else mask.flatten(1)
+    if heads == 1 or separate:
+        return mask
+    return mask.repeat_interleave(heads, 1) if single else mask.repeat(1, heads)
 
 
 def by_position(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bool) -> Tensor:
     """Rows of single tokens as a batch of them, and heads that share a codebook as more batch: [B', C, positions, D]."""
-    if heads > 1 and not separate:
-        rows = rows.unflatten(2, (-1, heads)).movedim(3, 1).flatten(0, 2)[:, None]
-    return rows.transpose(1, 2).flatten(0, 1)[:, :, None] if len(leading) == 1 else rows
+    if len(leading) == 1:
+        return rows[0].transpose(0, 1)[:, :, None]
+    return rows.unflatten(2, (heads, -1)).flatten(0, 2)[:, None] if heads > 1 and not separate else rows
 
 
 def mask_of(x: Tensor, leading: tuple[int, ...], mask: Tensor | None, lens: Tensor | None) -> Tensor | None:

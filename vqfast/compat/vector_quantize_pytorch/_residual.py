@@ -22,11 +22,6 @@ def sync_seed(device: torch.device, max_size: int = 10_000) -> int:
     return int(number)
 
 
-def fraction_of_gradient(t: Tensor, fraction: float) -> Tensor:
-    """t with its gradient scaled by `fraction`."""
-    return t.detach() if fraction <= 0 else fraction * t + (1.0 - fraction) * t.detach()
-
-
 class Residual(nn.Module):
     """Levels that each quantize what the ones before left over.
 
@@ -110,6 +105,8 @@ class Grouped(nn.Module):
         require(x.shape[self.split_dim] == self.dim, f"x is {list(x.shape)}; axis {self.split_dim} must hold {self.dim} channels.")
         if self.training and self.rvqs[0].quantize_dropout:
             kwargs["rand_quantize_dropout_fixed_seed"] = sync_seed(x.device)  # all groups drop the same levels
+        elif self.training:
+            torch.randint(10_000, (), device=x.device)  # drawn there in any case: what is drawn later stays the same
         per_group = per_group or [{}] * self.groups
         parts = x.chunk(self.groups, dim=self.split_dim)
         out = [rvq(part, **own, **kwargs) for rvq, part, own in zip(self.rvqs, parts, per_group, strict=True)]

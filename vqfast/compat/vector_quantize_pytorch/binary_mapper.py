@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.compat.vector_quantize_pytorch._checks import require
+from vqfast.compat.vector_quantize_pytorch._helpers import default, exists, pack_with_inverse  # noqa: F401
 
 NAT = log(2)  # one bit
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.compat.vector_quantize_pytorch._checks import require
+from vqfast.compat.vector_quantize_pytorch._helpers import default, exists  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ
 
 
@@ -151,8 +152,9 @@ class EvoLFQ(nn.Module):
         elitism_count: int | None = None,
         is_sign: bool = False,
         batch_size: int | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor]:
-        """One generation: (the next population, the fitness of this one).
+        """One generation: (the next population, the fitness of this one); further keyword arguments have no effect.
 
         fitness_fn maps (decoded, bits) to one number per row. The elite stays as it is; two tournaments choose the parents of
         each other child.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._gradients import straight_through
+from vqfast.compat.vector_quantize_pytorch._helpers import first_given as default  # noqa: F401
 
 # Standard deviation of the uniform distribution on 0..1, by which activations become values of variance 1.
 _UNIFORM_STD = 1 / math.sqrt(12)
@@ -154,9 +155,10 @@ class FSP(nn.Module):
         self.act_func, self.inv_act_func = build_cdf_act(act_name)
         self.vector_norm = VectorNorm.build(vector_norm)
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         names = ("codebook_size", "codebook_dim", "dim", "act_name", "need_inv_act", "quantize_rate")
-        return f"levels={self._levels.tolist()}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        lines = [f"levels={self._levels.tolist()}", *(f"{name}={getattr(self, name)!r}" for name in names)]
+        return "FSP(\n  " + ",\n  ".join(lines) + "\n)"
 
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Activations in 0..1 at the middle of their bin, straight through, and the bins."""

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._gradients import StraightThrough
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    exists,
+    identity,
+    maybe,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import first_given as default  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import pack as pack_one  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import unpack as unpack_one  # noqa: F401
 
 
 def round_ste(z: Tensor) -> Tensor:

@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
-from vqfast.compat.vector_quantize_pytorch._residual import sync_seed
+from vqfast.compat.vector_quantize_pytorch._helpers import exists  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._residual import sync_seed as get_maybe_sync_seed
 from vqfast.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _MODES = ("linear", "bilinear", "trilinear")
+
+
+def to_level_shape(scale: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """A scale as the sizes of its axes; one number stands for all of them."""
+    shape = (scale,) * spatial_dims if isinstance(scale, int) else tuple(scale)
+    require(len(shape) == spatial_dims, f"scale {scale} does not fit {spatial_dims} spatial axes.")
+    return shape
 
 
 class _Phi(nn.Module):
@@ -72,7 +80,7 @@ class HierarchicalVQ(nn.Module):
         require(nested_dropout_min_levels >= 1, f"nested_dropout_min_levels must be at least 1, got {nested_dropout_min_levels}.")
         self.dim, self.channel_first, self.scales = dim, channel_first, tuple(scales)
         self.spatial_dims = 2 if accept_image_fmap else 3 if accept_3d_fmap else 1
-        self.level_shapes = tuple(self._shape_of(scale) for scale in scales)
+        self.level_shapes = tuple(to_level_shape(scale, self.spatial_dims) for scale in scales)
         require(
             self.level_shapes and all(min(shape) > 0 for shape in self.level_shapes), f"scales must be positive, got {scales}."
         )
@@ -108,11 +116,6 @@ class HierarchicalVQ(nn.Module):
             number = self.num_levels if share_quant_resi <= 0 else min(self.num_levels, int(share_quant_resi))
             self.phi_levels = nn.ModuleList(_Phi(dim, self.spatial_dims, quant_resi) for _ in range(number))
 
-    def _shape_of(self, scale: int | Sequence[int]) -> tuple[int, ...]:
-        shape = (scale,) * self.spatial_dims if isinstance(scale, int) else tuple(scale)
-        require(len(shape) == self.spatial_dims, f"scale {scale} does not fit {self.spatial_dims} spatial axes.")
-        return shape
-
     def get_vq(self, level_index: int) -> VectorQuantize:
         """The quantizer of a level."""
         return self.vqs[level_index] if self.vq is None else self.vq
@@ -144,7 +147,7 @@ class HierarchicalVQ(nn.Module):
         spare = self.nested_dropout_min_levels < self.num_levels
         if not self.training or self.nested_dropout <= 0 or not spare:
             return None
-        draw = random.Random(sync_seed(device))
+        draw = random.Random(get_maybe_sync_seed(device))
         if draw.random() >= self.nested_dropout:
             return None
         return draw.randrange(self.nested_dropout_min_levels - 1, self.num_levels - 1)
@@ -195,7 +198,7 @@ class HierarchicalVQ(nn.Module):
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: int | Sequence[int] | None = None) -> Tensor:
         """What forward returned for these indices per level, at `full_shape` or the last level's; -1 gives zeros."""
         require(len(indices) == self.num_levels, f"indices hold {len(indices)} levels, this layer has {self.num_levels}.")
-        full_shape = self.level_shapes[-1] if full_shape is None else self._shape_of(full_shape)
+        full_shape = self.level_shapes[-1] if full_shape is None else to_level_shape(full_shape, self.spatial_dims)
         total = 0.0
         for level, own in enumerate(indices):
             codes = self.get_vq(level).get_output_from_indices(own.flatten(1))

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._gradients import straight_through
+from vqfast.compat.vector_quantize_pytorch._helpers import pack as pack_one  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import unpack as unpack_one  # noqa: F401
 
 
 class LatentQuantize(nn.Module):
@@ -38,7 +40,10 @@ class LatentQuantize(nn.Module):
         require(not isinstance(levels, int) or codebook_dim > 0, "one number of levels for all channels needs codebook_dim.")
         levels = [levels] * codebook_dim if isinstance(levels, int) else list(levels)
         self.dim, self.num_codebooks = dim, num_codebooks
-        self.commitment_loss_weight, self.quantization_loss_weight = commitment_loss_weight or 0.0, quantization_loss_weight or 0.0
+        weights = {"commitment_loss_weight": commitment_loss_weight or 0.0, "quantization_loss_weight": quantization_loss_weight or 0.0}
+        for name, weight in weights.items():
+            self.register_buffer(name, torch.tensor(weight, dtype=torch.float32), persistent=False)
+        self._weighs = tuple(map(bool, weights.values()))  # known without asking the device
         self.codebook_dim = codebook_dim if codebook_dim > 0 else len(levels)
         require(self.codebook_dim == len(levels), f"levels has {len(levels)} entries, codebook_dim is {codebook_dim}.")
         self.keep_num_codebooks_dim = keep_num_codebooks_dim or num_codebooks > 1
@@ -115,10 +120,9 @@ class LatentQuantize(nn.Module):
         codes = self.quantize(inner)
         indices = self.codes_to_indices(codes.detach())
         out = _layout.channels_back(self.project_out(codes.flatten(-2)), z, True)
-        loss = z.new_zeros(())
-        learns = self.training and z.numel() > 0
-        if learns and self.commitment_loss_weight:
-            loss = loss + self.commitment_loss_weight * self.commitment_loss(z, out)
-        if learns and self.quantization_loss_weight:
-            loss = loss + self.quantization_loss_weight * self.quantization_loss(z, out)
+        loss = torch.zeros_like(self.commitment_loss_weight)
+        if self.training and z.numel() > 0:
+            terms = (self.commitment_loss_weight, self.commitment_loss), (self.quantization_loss_weight, self.quantization_loss)
+            for (weight, term), weighs in zip(terms, self._weighs, strict=True):
+                loss = loss + weight * term(z, out) if weighs else loss
         return out, indices if self.keep_num_codebooks_dim else indices[..., 0], loss

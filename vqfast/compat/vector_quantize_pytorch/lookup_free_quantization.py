@@ -12,7 +12,17 @@ from torch.distributed import nn as dist_nn
 
 from vqfast.compat.vector_quantize_pytorch import _layout, _plain
 from vqfast.compat.vector_quantize_pytorch._checks import require
-from vqfast.compat.vector_quantize_pytorch._gradients import straight_through
+from vqfast.compat.vector_quantize_pytorch._gradients import l2norm, straight_through  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    exists,
+    identity,
+    is_distributed,
+    maybe_distributed_mean,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import first_given_called as default  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import log_of_share as log  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import pack as pack_one  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._helpers import unpack as unpack_one  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.finite_scalar_quantization import full_precision
 from vqfast.nn._distributed import world
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vqfast.compat.vector_quantize_pytorch._helpers import exists  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize
 
 

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    default,
+    exists,
+    first,
+    is_distributed,
+    round_up_multiple,
+)
 from vqfast.compat.vector_quantize_pytorch._residual import Grouped, Residual
+from vqfast.compat.vector_quantize_pytorch._residual import sync_seed as get_maybe_sync_seed  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.finite_scalar_quantization import FSQ, full_precision
 
 

@@ -7,7 +7,14 @@ from math import log2
 import torch
 from torch import Tensor, nn
 
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    default,
+    exists,
+    is_distributed,
+    round_up_multiple,
+)
 from vqfast.compat.vector_quantize_pytorch._residual import Grouped, Residual
+from vqfast.compat.vector_quantize_pytorch._residual import sync_seed as get_maybe_sync_seed  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.finite_scalar_quantization import full_precision
 from vqfast.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ
 

@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    default,
+    exists,
+    first,
+    is_distributed,
+    round_up_multiple,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import pack_with_inverse as pack_one  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch._residual import Residual
+from vqfast.compat.vector_quantize_pytorch._residual import sync_seed as get_maybe_sync_seed  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.sim_vq import SimVQ
 from vqfast.ops.gather import gather
 
@@ -37,8 +46,11 @@ class ResidualSimVQ(Residual):
         self.num_quantizers, self.channel_first = num_quantizers, channel_first
         options = {"channel_first": channel_first, "rotation_trick": rotation_trick, **sim_vq_kwargs}
         self.layers = nn.ModuleList(SimVQ(dim, codebook_size, **options) for _ in range(num_quantizers))
-        self.project_out = nn.Identity()
         self._set_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
+
+    def project_out(self, t: Tensor) -> Tensor:
+        """t; the other library has no projection here, and so no submodule for one."""
+        return t
 
     @property
     def codebook_size(self) -> int:

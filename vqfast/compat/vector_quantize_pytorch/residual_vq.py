@@ -13,7 +13,21 @@ from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._conditional import RowCodes
 from vqfast.compat.vector_quantize_pytorch._gradients import l2norm
-from vqfast.compat.vector_quantize_pytorch._residual import Grouped, Residual, fraction_of_gradient
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    batch_select,
+    cast_tuple,
+    default,
+    exists,
+    first,
+    frac_gradient,
+    is_distributed,
+    pad_at_dim,
+    round_up_multiple,
+    unique,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import pack_with_inverse as pack_one  # noqa: F401
+from vqfast.compat.vector_quantize_pytorch._residual import Grouped, Residual
+from vqfast.compat.vector_quantize_pytorch._residual import sync_seed as get_maybe_sync_seed  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.vector_quantize_pytorch import VectorQuantize, directional_reparam
 from vqfast.ops import residual
 from vqfast.ops.gather import gather
@@ -258,7 +272,7 @@ class ResidualVQ(Residual):
         for level, layer in enumerate(self.layers[:levels]):
             inputs.append(rest)
             quantized, own, loss = layer(rest, codebook_transform_fn=self._transform(level, total), **call)
-            rest = rest - fraction_of_gradient(quantized, self.quant_grad_frac)
+            rest = rest - frac_gradient(quantized, self.quant_grad_frac)
             total = total + quantized
             found.append(own)
             losses.append(loss)
@@ -292,9 +306,9 @@ class ResidualVQ(Residual):
         )
         rest, total, entropy = inner, torch.zeros_like(inner), 0.0
         for level, layer in enumerate(self.layers):
-            require(self._transform(level, total) is None, "indices= does not go with implicit_neural_codebook.")
-            quantized, own = layer(rest, indices=indices[..., level], **call)
-            rest = rest - fraction_of_gradient(quantized, self.quant_grad_frac)
+            transform = self._transform(level, total)
+            quantized, own = layer(rest, indices=indices[..., level], codebook_transform_fn=transform, **call)
+            rest = rest - frac_gradient(quantized, self.quant_grad_frac)
             total, entropy = total + quantized, entropy + own
         return self._output(x, inner, original, total, call["mask"]), entropy
 
@@ -358,7 +372,7 @@ class ResidualVQ(Residual):
 
         return _Beams(
             joined(beams.scores[..., None] - loss * self.beam_score_weights[level]),
-            joined(given[..., None, :] - fraction_of_gradient(quantized, self.quant_grad_frac)),
+            joined(given[..., None, :] - frac_gradient(quantized, self.quant_grad_frac)),
             joined(beams.quantized[..., None, :] + quantized),
             joined(torch.cat((repeated(beams.indices), own[..., None]), -1)),
             joined(torch.cat((repeated(beams.losses), loss[..., None]), -1)),

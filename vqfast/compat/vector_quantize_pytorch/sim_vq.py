@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from vqfast import _backends
 from vqfast.compat.vector_quantize_pytorch import _layout
 from vqfast.compat.vector_quantize_pytorch._gradients import rotate_to, straight_through
+from vqfast.compat.vector_quantize_pytorch._helpers import (  # noqa: F401
+    default,
+    exists,
+    identity,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import pack_with_inverse as pack_one  # noqa: F401
 from vqfast.ops import quantize
 from vqfast.ops.gather import gather
 
@@ -67,8 +73,9 @@ class SimVQ(nn.Module):
         inner = _layout.channels_last(x, self.dim, channel_first=self.channel_first, spatial=None)
         rows = _layout.rows_of(inner, 1, False)
         step = quantize.step(rows, self.codebook[None])
-        to_input, to_codes = quantize.losses(step.sq_error, step.counts.sum(), self.dim)
+        to_input, to_codes = step.sq_error / (step.counts.sum().clamp(min=1) * self.dim)
         loss = (to_codes + to_input * self.input_to_quantize_commit_loss_weight) * self.commitment_weight
+        loss = loss.to(torch.promote_types(x.dtype, torch.float32))
         out = (rotate_to if self.rotation_trick else straight_through)(rows, step.quantized.detach())
         out = _layout.channels_back(out.reshape(inner.shape), x, self.channel_first)
         return out, step.indices.reshape(inner.shape[:-1]), loss

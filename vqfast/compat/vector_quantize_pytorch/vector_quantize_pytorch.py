@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,89 @@ from vqfast import _backends
 from vqfast.compat.vector_quantize_pytorch import _conditional, _layout, _plain
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._codebook import Codebook, Found
-from vqfast.compat.vector_quantize_pytorch._gradients import directional_reparam, rotate_to, straight_through
+from vqfast.compat.vector_quantize_pytorch._gradients import directional_reparam, l2norm, rotate_to, straight_through
+from vqfast.compat.vector_quantize_pytorch._helpers import (
+    accum_grad_,
+    all_gather_sizes,
+    all_gather_variably_sized,
+    append_dims_to,
+    at_most_one_of,
+    batched_bincount,
+    batched_sample_vectors,
+    cdist,
+    default,
+    efficient_rotation_trick_transform,
+    ema_inplace,
+    entropy,
+    exists,
+    gumbel_sample,
+    identity,
+    is_distributed,
+    is_empty,
+    kmeans,
+    laplace_smoothing,
+    lens_to_mask,
+    log,
+    noop,
+    orthogonal_loss_fn,
+    pad_shape,
+    safe_div,
+    sample_multinomial,
+    sample_vectors,
+    sample_vectors_distributed,
+    uniform_init,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import (
+    chain as Sequential,
+)
+from vqfast.compat.vector_quantize_pytorch._helpers import (
+    pack_with_inverse as pack_one,
+)
+from vqfast.compat.vector_quantize_pytorch._plain import gumbel_noise
 from vqfast.nn._base import rerun_in_backward
 from vqfast.ops.gather import gather
 
-__all__ = ["Codebook", "LossBreakdown", "VectorQuantize", "directional_reparam", "rotate_to", "straight_through"]
+__all__ = [
+    "Codebook",
+    "LossBreakdown",
+    "Sequential",
+    "VectorQuantize",
+    "accum_grad_",
+    "all_gather_sizes",
+    "all_gather_variably_sized",
+    "append_dims_to",
+    "at_most_one_of",
+    "batched_bincount",
+    "batched_sample_vectors",
+    "cdist",
+    "default",
+    "directional_reparam",
+    "efficient_rotation_trick_transform",
+    "ema_inplace",
+    "entropy",
+    "exists",
+    "gumbel_noise",
+    "gumbel_sample",
+    "identity",
+    "is_distributed",
+    "is_empty",
+    "kmeans",
+    "l2norm",
+    "laplace_smoothing",
+    "lens_to_mask",
+    "log",
+    "noop",
+    "orthogonal_loss_fn",
+    "pack_one",
+    "pad_shape",
+    "rotate_to",
+    "safe_div",
+    "sample_multinomial",
+    "sample_vectors",
+    "sample_vectors_distributed",
+    "straight_through",
+    "uniform_init",
+]
 
 
 class LossBreakdown(NamedTuple):
@@ -151,8 +230,7 @@ class VectorQuantize(nn.Module):
             threshold_ema_dead_code=threshold_ema_dead_code,
             use_ddp=sync_codebook,
             learnable_codebook=self.has_codebook_orthogonal_loss or learnable_codebook,
-            stochastic=stochastic_sample_codes,
-            straight_through=straight_through,
+            gumbel_sample=partial(gumbel_sample, stochastic=stochastic_sample_codes, straight_through=straight_through),
             sample_codebook_temp=sample_codebook_temp,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
@@ -229,7 +307,7 @@ class VectorQuantize(nn.Module):
         indices = indices if mask is None else indices.masked_fill(~mask[..., None], -1)
         rows = self._rows(self.project_in(inner))
         indices = _layout.rows_of(indices, self.heads, self.separate_codebook_per_head)
-        self._codebook.update_indices(rows, indices[..., 0])
+        self._codebook.relearn(rows, indices[..., 0])
 
     # for callers of the older name
     update_ema_indices = update_indices
@@ -273,13 +351,6 @@ class VectorQuantize(nn.Module):
 
     def _rows(self, inner: Tensor) -> Tensor:
         return self._codebook.transform_input(_layout.rows_of(inner, self.heads, self.separate_codebook_per_head))
-
-    def _mask_rows(self, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        mask = mask[None] if mask.dim() == 1 else mask.flatten(1)
-        shares = self.heads > 1 and not self.separate_codebook_per_head
-        return mask.repeat_interleave(self.heads, 1) if shares else mask
 
     def _unrows(self, rows: Tensor, leading: tuple[int, ...]) -> Tensor:
         return _layout.from_rows(rows, leading, self.heads, self.separate_codebook_per_head)
@@ -329,12 +400,15 @@ class VectorQuantize(nn.Module):
         inner = self._channels_last(x)
         leading = tuple(inner.shape[:-1])
         mask = _layout.mask_of(x, leading, mask, lens)
-        rows, valid = self._rows(self.project_in(inner)), self._mask_rows(mask)
+        rows = self._rows(self.project_in(inner))
+        valid = None if mask is None else _layout.rows_mask(mask, self.heads, self.separate_codebook_per_head)
 
         book, repeated = self._codebook, rerun_in_backward()
         if not repeated:
             book.prepare(rows.detach(), valid)
-        temperature = self._temperature(sample_codebook_temp)
+        temperature, soft = book.temperatures(sample_codebook_temp)
+        if topk is not None or (x.requires_grad and self.route_gradients_to_input):
+            soft = None  # nobody would see that gradient
         learns = self.training and not freeze and topk is None and not repeated
 
         def search(rows: Tensor) -> tuple[Tensor, Found]:
@@ -344,7 +418,7 @@ class VectorQuantize(nn.Module):
             options = {"temperature": temperature, "topk": topk}
             if codebook_transform_fn is not None:
                 return codes, _conditional.lookup(book, rows, codes, codebook_transform_fn, valid, **options)
-            return codes, book.lookup(rows, codes, valid, with_sums=learns, **options)
+            return codes, book.lookup(rows, codes, valid, with_sums=learns, soft=soft, **options)
 
         in_place = self.in_place_codebook_optimizer is not None and learns and torch.is_grad_enabled()
         in_place_loss = self.zero
@@ -358,9 +432,8 @@ class VectorQuantize(nn.Module):
         quantized = self._route(rows, found, topk, x.requires_grad)
         output = self._output(quantized, inner, x, leading, mask, topk)
         if indices is not None:
-            require(codebook_transform_fn is None, "indices= does not go with codebook_transform_fn.")
             aims = _layout.rows_of(indices.reshape(*leading, self.heads), self.heads, self.separate_codebook_per_head)
-            return output, _plain.cross_entropy(rows, codes, aims[..., 0], self.use_cosine_sim)
+            return output, self._cross_entropy(rows, codes, aims[..., 0], codebook_transform_fn)
 
         loss, breakdown = self._losses(rows, codes, found, leading, freeze, topk, codebook_transform_fn)
         breakdown = breakdown._replace(inplace_optimize=in_place_loss)
@@ -377,10 +450,6 @@ class VectorQuantize(nn.Module):
             " in-place codebook optimizer.",
         )
         return min(int(topk), self.codebook_size)
-
-    def _temperature(self, asked: float | None) -> float | None:
-        temperature = self._codebook.sample_codebook_temp if asked is None else asked
-        return temperature if self.training and self._codebook.stochastic and temperature > 0 else None
 
     def _optimize_in_place(self, found: Found) -> Tensor:
         with torch.enable_grad():
@@ -405,7 +474,9 @@ class VectorQuantize(nn.Module):
             if self.rotation_trick:
                 quantized = rotate_to(rows, quantized)
             elif self.directional_reparam:
-                quantized = directional_reparam(rows, quantized, self.directional_reparam_variance)
+                # Codebooks first, as in the other library, so that the noise is the same.
+                start, goal = rows.transpose(0, 1), quantized.transpose(0, 1).contiguous()
+                quantized = directional_reparam(start, goal, self.directional_reparam_variance).transpose(0, 1)
             else:
                 quantized = straight_through(rows, quantized)
         if self.sync_update_v > 0:
@@ -427,13 +498,11 @@ class VectorQuantize(nn.Module):
         if not self.training and topk is None:
             return zero, LossBreakdown(zero, zero, zero, zero)
         commitment = diversity = orthogonal = zero
-        cosine = self.use_cosine_sim
         if topk is not None and (self.has_commitment_loss or not self.training):
             commitment = self._unrows(self._commitment_of_each(rows, found, freeze), leading)
             loss = commitment * (self.commitment_weight if self.has_commitment_loss else 1.0)
         elif self.has_commitment_loss and self.commitment_use_cross_entropy_loss:
-            require(transform is None, "commitment_use_cross_entropy_loss does not go with codebook_transform_fn.")
-            commitment = _plain.cross_entropy(rows, codes, found.indices, cosine)
+            commitment = self._cross_entropy(rows, codes, found.indices, transform)
             loss = commitment * self.commitment_weight
         elif self.has_commitment_loss:
             commitment = self._commitment(rows, found, freeze)
@@ -441,9 +510,8 @@ class VectorQuantize(nn.Module):
         else:
             loss = zero
         if self.training and self.has_codebook_diversity_loss:
-            require(transform is None, "codebook_diversity_loss_weight does not go with codebook_transform_fn.")
             positions = _layout.by_position(rows, leading, self.heads, self.separate_codebook_per_head)
-            diversity = _plain.diversity(positions, codes, cosine, self.codebook_diversity_temperature)
+            diversity = self._diversity(positions, codes, transform)
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if self.training and self.has_codebook_orthogonal_loss:
             orthogonal = self._orthogonal(found)
@@ -451,6 +519,16 @@ class VectorQuantize(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not loss.requires_grad:
             loss = loss.clone().requires_grad_()  # so that loss.backward() works whatever the options
         return loss, LossBreakdown(commitment, diversity, orthogonal, zero)
+
+    def _cross_entropy(self, rows: Tensor, codes: Tensor, aims: Tensor, transform) -> Tensor:
+        if transform is None:
+            return _plain.cross_entropy(rows, codes, aims, self.use_cosine_sim)
+        return _conditional.cross_entropy(self._codebook, rows, codes, transform, aims)
+
+    def _diversity(self, positions: Tensor, codes: Tensor, transform) -> Tensor:
+        if transform is None:
+            return _plain.diversity(positions, codes, self.use_cosine_sim, self.codebook_diversity_temperature)
+        return _conditional.diversity(self._codebook, positions, codes, transform, self.codebook_diversity_temperature)
 
     def _commitment(self, rows: Tensor, found: Found, freeze: bool) -> Tensor:
         """Mean squared error; its gradient reaches the codes, too, where they are learnable and not frozen."""
