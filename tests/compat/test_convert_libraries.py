@@ -10,6 +10,7 @@ import cases
 import pytest
 import swaps
 import torch
+from torch.utils._pytree import tree_leaves
 
 import vqfast
 
@@ -55,7 +56,68 @@ def vqmodel():
     return model, cases.normal(2, 3, SIDE, SIDE), lambda m, x: tuple(m(x, return_dict=False))
 
 
-MODELS = {function.__name__: function for function in (encodec, dac, mimi, vqmodel)}
+def leaves(out):
+    return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+
+
+def xcodec():
+    hf = peer("transformers")
+    rates = {"downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2]}
+    config = hf.XcodecConfig(
+        target_bandwidths=[0.5],
+        codebook_size=K,
+        codebook_dim=40,  # the acoustic and the semantic channels
+        acoustic_model_config=hf.DacConfig(encoder_hidden_size=4, decoder_hidden_size=32, hidden_size=16, **rates),
+        semantic_model_config=hf.HubertConfig(
+            hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+        ),
+    )  # fmt: skip
+    return hf.XcodecModel(config), cases.normal(1, 1, 3200) * 0.1, lambda m, x: leaves(dict(m.encode(x)))
+
+
+def image_tokenizer(family, prefix, **values):
+    """An image model of transformers whose quantizer has K codes of 8 channels."""
+
+    def build():
+        peer("transformers")
+        configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        options = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+        config = getattr(configuration, f"{prefix}VQVAEConfig")(**options | values)
+        return getattr(modeling, f"{prefix}VQVAE")(config)
+
+    return build
+
+
+def chameleon():
+    build = image_tokenizer("chameleon", "Chameleon", num_embeddings=K, resolution=SIDE)
+    return build(), cases.normal(2, 3, SIDE, SIDE), lambda m, x: leaves(m.encode(x))
+
+
+def janus():
+    build = image_tokenizer("janus", "Janus", num_embeddings=K, num_patches=SIDE // 2)
+    return build(), cases.normal(2, 3, SIDE, SIDE), lambda m, x: leaves((m(x), m.encode(x)))
+
+
+def emu3():
+    build = image_tokenizer(
+        "emu3", "Emu3", codebook_size=K, double_latent=False, attn_resolutions=[], hidden_size=32, num_attention_heads=2,
+        temporal_downsample_factor=2,
+    )  # fmt: skip
+    sizes = torch.tensor([[SIDE, SIDE]])
+    return build(), cases.normal(1, 2, 3, SIDE, SIDE), lambda m, x: leaves(m.encode(x, sizes))
+
+
+def glm_image():
+    build = image_tokenizer("glm_image", "GlmImage", num_embeddings=K)
+    return build(), cases.normal(2, 8, SIDE, SIDE), lambda m, x: leaves(m.encode(x))
+
+
+# Not Higgs, whose whole model needs torchaudio; its codebook is below.
+MODELS = {
+    function.__name__: function for function in (encodec, dac, mimi, xcodec, chameleon, janus, emu3, glm_image, vqmodel)
+}
 
 
 def give_codes(model):
