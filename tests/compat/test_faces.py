@@ -196,14 +196,15 @@ def test_dac_results_and_state_keys():
     layer, z = descript().eval(), cases.normal(2, 16, 20)
     keys = {"in_proj.bias", "in_proj.weight_g", "in_proj.weight_v", "out_proj.bias", "out_proj.weight_g", "out_proj.weight_v"}
     assert set(layer.state_dict()) == {f"quantizers.{i}.{key}" for i in range(3) for key in keys | {"codebook.weight"}}
-    out = layer(z)
-    assert out["z"].shape == z.shape and out["codes"].shape == (2, 3, 20) and out["latents"].shape == (2, 14, 20)
-    torch.testing.assert_close(layer.from_codes(out["codes"])[0], out["z"], rtol=1e-4, atol=1e-5)
-    z_again, latents, codes = layer.from_latents(out["latents"])
-    assert torch.equal(codes, out["codes"])
-    torch.testing.assert_close(z_again, out["z"], rtol=1e-4, atol=1e-5)
-    assert layer.from_latents(out["latents"][:, :9])[2].shape == (2, 2, 20), "a rest that fills no level is left out"
-    assert layer(z, n_quantizers=2)["codes"].shape == (2, 2, 20)
+    out, codes, latents, commitment, codebook = layer(z)
+    assert out.shape == z.shape and codes.shape == (2, 3, 20) and latents.shape == (2, 14, 20)
+    assert commitment.shape == codebook.shape == () and torch.equal(commitment, codebook)  # one error, two gradients
+    torch.testing.assert_close(layer.from_codes(codes)[0], out, rtol=1e-4, atol=1e-5)
+    z_again, _, codes_again = layer.from_latents(latents)
+    assert torch.equal(codes_again, codes)
+    torch.testing.assert_close(z_again, out, rtol=1e-4, atol=1e-5)
+    assert layer.from_latents(latents[:, :9])[2].shape == (2, 2, 20), "a rest that fills no level is left out"
+    assert layer(z, n_quantizers=2)[1].shape == (2, 2, 20)
 
 
 def test_dac_weight_norm_is_torchs():
@@ -219,11 +220,11 @@ def test_dac_drops_levels_per_sample():
     torch.manual_seed(3)
     drawn = torch.randint(1, 4, (8,))
     torch.manual_seed(3)
-    out = layer(z)
-    levels = [layer.quantizers[i].out_proj(layer.quantizers[i].decode_code(out["codes"][:, i])) for i in range(3)]
+    out, codes, *_ = layer(z)
+    levels = [layer.quantizers[i].out_proj(layer.quantizers[i].decode_code(codes[:, i])) for i in range(3)]
     for sample in range(8):
         used = int(drawn[sample]) if sample < 4 else 3
-        torch.testing.assert_close(out["z"][sample], sum(levels[:used])[sample], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[sample], sum(levels[:used])[sample], rtol=1e-4, atol=1e-4)
 
 
 # ---- Sonnet ----------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class VectorQuantize(VectorQuantizeMethods, nn.Module):
 
 
 class ResidualVectorQuantize(nn.Module):
-    """DAC's residual quantizer; forward returns a dict: z, codes [B, Q, T], latents [B, Q codebook_dim, T] and two losses.
+    """DAC's residual quantizer; forward returns (z, codes [B, Q, T], latents [B, Q codebook_dim, T], commitment and codebook loss []).
 
     Args:
         input_dim: D. n_codebooks: Q. codebook_size: K. codebook_dim: of every level, or a list. quantizer_dropout: share of the
@@ -94,7 +94,7 @@ class ResidualVectorQuantize(nn.Module):
         self.quantizers = nn.ModuleList(VectorQuantize(input_dim, codebook_size, dim) for dim in dims)
         self.quantizer_dropout = quantizer_dropout
 
-    def forward(self, z: Tensor, n_quantizers: int | None = None) -> dict[str, Tensor]:
+    def forward(self, z: Tensor, n_quantizers: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """z [B, D, T]; n_quantizers counts in evaluation only, as in the peer."""
         levels = self._levels(z, n_quantizers)  # [B]
         total, rest, commitment, codebook, codes, latents = 0, z, 0, 0, [], []
@@ -109,13 +109,7 @@ class ResidualVectorQuantize(nn.Module):
             codebook = codebook + (codebook_loss * used).mean()
             codes.append(found)
             latents.append(z_e)
-        return {
-            "z": total,
-            "codes": torch.stack(codes, dim=1),
-            "latents": torch.cat(latents, dim=1),
-            "vq/commitment_loss": commitment,
-            "vq/codebook_loss": codebook,
-        }
+        return total, torch.stack(codes, dim=1), torch.cat(latents, dim=1), commitment, codebook
 
     def _levels(self, z: Tensor, asked: int | None) -> Tensor:
         batch = z.shape[0]

@@ -100,6 +100,18 @@ class EuclideanCodebook(EuclideanCodebookMethods, nn.Module):
 
     def decode(self, embed_ind: Tensor) -> Tensor:
         """Indices [...] -> codes [..., D]."""
+        return self.dequantize(embed_ind)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """[..., D] -> rows [N, D]."""
+        return x.reshape(-1, x.shape[-1])
+
+    def postprocess_emb(self, embed_ind: Tensor, shape) -> Tensor:
+        """Indices [N] of rows of x -> indices in x's shape without the last axis."""
+        return embed_ind.view(*shape[:-1])
+
+    def dequantize(self, embed_ind: Tensor) -> Tensor:
+        """Indices [...] -> codes [..., D]."""
         return F.embedding(embed_ind, self.embed)
 
 
