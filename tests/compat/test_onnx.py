@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 
+import vqfast.compat.vector_quantize_pytorch as face
 from vqfast.nn import ResidualVectorQuantizer, VectorQuantizer, VectorQuantizerEMA
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (pip install onnx onnxscript onnxruntime)")
@@ -96,6 +97,27 @@ def test_masks(name, tmp_path):
     torch.manual_seed(1)
     mask = torch.arange(2 * 8 * 6).view(2, 8, 6) % 3 > 0
     agree(Masked(LAYERS[name]()).eval(), (picture(), mask), tmp_path / "model.onnx", others=[(picture(1), ~mask)])
+
+
+class Tuple(Encoder):
+    """Around a layer that returns a tuple, as the faces do."""
+
+    def forward(self, x):
+        return tuple(self.quantizer(self.convolution(x))[:2])
+
+
+FACES = {
+    "VectorQuantize": lambda: face.VectorQuantize(D, K, accept_image_fmap=True),
+    "VectorQuantize, cosine": lambda: face.VectorQuantize(D, K, accept_image_fmap=True, use_cosine_sim=True, codebook_dim=4),
+    "ResidualVQ": lambda: face.ResidualVQ(dim=D, codebook_size=K, num_quantizers=3, accept_image_fmap=True),
+    "SimVQ": lambda: face.SimVQ(D, K, channel_first=True),
+}
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_faces_of_vector_quantize_pytorch(name, tmp_path):
+    torch.manual_seed(1)
+    agree(Tuple(FACES[name]()).eval(), (picture(),), tmp_path / "model.onnx", others=[(picture(1),)])
 
 
 def test_training_graphs_are_refused(tmp_path):

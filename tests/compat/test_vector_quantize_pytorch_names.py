@@ -3,7 +3,11 @@
 import importlib
 import inspect
 import pkgutil
+import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +143,21 @@ def test_multinomial_counts():
     _, face = modules(MAIN)
     counts = face.sample_multinomial(100, torch.tensor([0.2, 0.8, 0.0]))
     assert counts.sum() == 100 and counts[2] == 0 and counts[1] > counts[0]
+
+
+def test_a_project_that_cannot_be_edited():
+    """The documented lines put the face in the other library's place, submodules included."""
+    text = (Path(__file__).parents[2] / "docs" / "COMPAT.md").read_text()
+    lines = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "sys.modules" in block)
+    lines += """
+import vector_quantize_pytorch as package
+from vector_quantize_pytorch import ResidualVQ, VectorQuantize
+from vector_quantize_pytorch.residual_vq import GroupedResidualVQ
+from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, gumbel_sample
+assert VectorQuantize.__module__.startswith("vqfast.") and package.residual_vq.ResidualVQ is ResidualVQ
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the inner codebook --------------------------------------------------------------------------------------------------------

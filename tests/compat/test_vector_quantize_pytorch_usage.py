@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -162,6 +163,52 @@ def test_a_project_changes_its_import_only():
     other.fns[1].codebook = torch.zeros(32, 8)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(model.eval()(x)[0], other.eval()(x)[0])
+
+
+HALVES = {
+    "default": (lambda: VectorQuantize(8, 16), {}),
+    "the k nearest": (lambda: VectorQuantize(8, 16), {"topk": 2}),
+    "residual": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3), {}),
+    "beams": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, beam_size=2), {}),
+    "sim": (lambda: SimVQ(8, 16), {}),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", HALVES)
+def test_half_precision_comes_out_as_it_went_in(case, train):
+    """Outputs have x's dtype, losses are float32, whether or not the module is in half precision too."""
+    make, call = HALVES[case]
+    for layer in (make().bfloat16(), make()):
+        quantized, _, loss = layer.train(train)(torch.randn(2, 20, 8).bfloat16(), **call)
+        assert quantized.dtype == torch.bfloat16 and loss.dtype == torch.float32
+
+
+COPIED = {
+    "default": lambda: VectorQuantize(8, 16, threshold_ema_dead_code=2, kmeans_init=True),
+    "stochastic": lambda: VectorQuantize(8, 16, stochastic_sample_codes=True),
+    "affine": lambda: VectorQuantize(8, 16, affine_param=True),
+    "shared": lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, shared_codebook=True),
+    "implicit": lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, implicit_neural_codebook=True),
+    "sim": lambda: ResidualSimVQ(dim=8, codebook_size=16, num_quantizers=2),
+    "spherical": lambda: LFQ(dim=8, spherical=True),
+    "scalar": lambda: ResidualFSQ(levels=[5, 5], num_quantizers=2, dim=8),
+}
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", COPIED)
+def test_copies_go_on_as_the_layer_would(case, way):
+    layer, x = COPIED[case](), torch.randn(2, 40, 8)
+    layer(x)
+    other = way(layer)
+    if case == "shared":
+        assert other.layers[0]._codebook is other.layers[2]._codebook
+    results = []
+    for each in (layer, other):
+        torch.manual_seed(1)
+        results.append([*each(x)[:2], *each.eval()(x)[:2], *each.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 EMPTY = {

@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import vqfast.compat.vector_quantize_pytorch as face
 
@@ -41,6 +43,26 @@ LAYERS = {
 SAME_AS_ONE = ("averages", "cosine", "heads", "residual", "affine", "in-place optimizer")
 
 
+WRAPPED = {
+    "averages": lambda: face.VectorQuantize(DIM, 12),
+    "learnable": lambda: face.VectorQuantize(DIM, 12, learnable_codebook=True, ema_update=False),
+    "residual": lambda: face.ResidualVQ(dim=DIM, codebook_size=12, num_quantizers=2),
+    "sim": lambda: face.SimVQ(DIM, 12),
+}
+
+
+class Network(torch.nn.Module):
+    """An encoder before a face, from one seed."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.quantizer = torch.nn.Linear(DIM, DIM), make()
+
+    def forward(self, x):
+        return self.quantizer(self.encoder(x))
+
+
 def batch(step):
     return torch.randn(1, ROWS, DIM, generator=torch.Generator().manual_seed(step))
 
@@ -56,6 +78,29 @@ def learned_by_one():
         for step in range(STEPS):
             layers[name](batch(step))
     return {name: layers[name].state_dict() for name in SAME_AS_ONE}
+
+
+def train_wrapped(rank, world):
+    """DistributedDataParallel and FSDP2 around an encoder and a face: the same codes and the same state, step by step."""
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for name, make in WRAPPED.items():
+        sharded, plain = Network(make), torch.nn.parallel.DistributedDataParallel(Network(make))
+        fully_shard(sharded.quantizer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (sharded, plain)]
+        for step in range(STEPS):
+            found = []
+            for network, optimizer in zip((sharded, plain), optimizers, strict=True):
+                optimizer.zero_grad()
+                quantized, indices, loss = network(batch(step).chunk(world, dim=1)[rank])
+                (loss.sum() + quantized.square().mean()).backward()
+                optimizer.step()
+                found.append(indices)
+            assert torch.equal(*found), f"{name}, step {step}: other codes"
+        for key, value in plain.module.state_dict().items():
+            own = sharded.state_dict()[key]
+            own = own.full_tensor() if isinstance(own, DTensor) else own
+            torch.testing.assert_close(own, value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
 
 
 def work(rank, world, path, expected):
@@ -76,6 +121,7 @@ def work(rank, world, path, expected):
             torch.testing.assert_close(layer.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
     for name in ("averages", "dead codes"):
         layers[name](torch.randn(1, 0 if rank else 5, DIM))  # one process without rows joins all the same
+    train_wrapped(rank, world)
     dist.destroy_process_group()
 
 

@@ -9,6 +9,8 @@ import torch
 from check import same
 from layers import DIM, make
 
+from vqfast.compat.vector_quantize_pytorch import ResidualVQ
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="native: AOTInductor needs a C++ compiler"),
@@ -27,8 +29,23 @@ class Codec(torch.nn.Module):
         return out.quantized, out.indices, self.quantizer.decode(out.indices)
 
 
-def test_a_compiled_package_keeps_the_codes(tmp_path):
-    model, x = Codec().eval(), cases.normal(2, 3, 8, 8)
+class Face(torch.nn.Module):
+    """The same with the face of vector_quantize_pytorch's layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Conv2d(3, DIM, 3, padding=1)
+        self.quantizer = ResidualVQ(dim=DIM, codebook_size=32, num_quantizers=3, accept_image_fmap=True)
+
+    def forward(self, x):
+        quantized, indices, _ = self.quantizer(self.encoder(x))
+        return quantized, indices, self.quantizer.get_output_from_indices(indices)
+
+
+@pytest.mark.parametrize("kind", [Codec, Face])
+def test_a_compiled_package_keeps_the_codes(kind, tmp_path):
+    model, x = kind().eval(), cases.normal(2, 3, 8, 8)
     rows = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))

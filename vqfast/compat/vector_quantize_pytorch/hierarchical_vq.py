@@ -132,7 +132,7 @@ class HierarchicalVQ(nn.Module):
         pool = _POOLS[self.spatial_dims - 1]
         if mask is None:
             return pool(t, level_shape), None
-        mask = mask[:, None].to(t.dtype)
+        mask = mask[:, None].to(torch.promote_types(t.dtype, torch.float32))  # means of half precision rows in float32
         share = pool(mask, level_shape)
         return pool(t * mask, level_shape) / share.clamp(min=1e-6), share[:, 0] > 0
 

@@ -252,6 +252,7 @@ class ResidualVQ(Residual):
             quantized, found, losses, inputs = self._greedy(inner, levels, call)
         self._learn_shared(inputs, mask, freeze_codebook)
         found, losses = self._stacked(found), self._stacked(losses, 0)
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         result = (self._output(x, inner, original, quantized, mask), found, losses)
         return (*result, self.get_codes_from_indices(found)) if return_all_codes else result
 

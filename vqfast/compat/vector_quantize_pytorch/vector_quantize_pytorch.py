@@ -494,7 +494,7 @@ class VectorQuantize(nn.Module):
         return _layout.channels_back(out, x, self._channel_first)
 
     def _losses(self, rows, codes, found, leading, freeze, topk, transform) -> tuple[Tensor, LossBreakdown]:
-        zero = self.zero.clone()
+        zero = self.zero.to(torch.promote_types(self.zero.dtype, torch.float32), copy=True)
         if not self.training and topk is None:
             return zero, LossBreakdown(zero, zero, zero, zero)
         commitment = diversity = orthogonal = zero
@@ -541,7 +541,8 @@ class VectorQuantize(nn.Module):
         """Mean squared error per row and code, [B, ..., k]; 0 where masked."""
         to_codes = not self.training or (self.learnable_codebook and not freeze)
         codes = found.quantized if to_codes else found.quantized.detach()
-        error = (codes.to(rows.dtype) - rows[..., None, :]).square().mean(-1)
+        work = torch.promote_types(rows.dtype, torch.float32)
+        error = (codes.to(work) - rows[..., None, :].to(work)).square().mean(-1)
         return torch.where(found.indices >= 0, error, 0)
 
     def _orthogonal(self, found: Found) -> Tensor:
