@@ -19,6 +19,7 @@ FSQ = {
     "codebooks, image": ({"levels": [8, 5], "num_codebooks": 3}, (2, 6, 4, 4)),
     "symmetric": ({"levels": [2, 8, 5], "preserve_symmetry": True}, (2, 50, 3)),
     "symmetric, noise": ({"levels": [8, 5], "preserve_symmetry": True, "noise_dropout": 0.5}, (2, 50, 2)),
+    "symmetric, noise, image": ({"levels": [8, 5], "preserve_symmetry": True, "noise_dropout": 0.5}, (2, 2, 6, 7)),
     "hard clamp": ({"levels": [8, 5], "bound_hard_clamp": True}, (2, 50, 2)),
     "rotation": ({"levels": [5, 5, 5], "orthogonal_rotation": True}, (2, 50, 3)),
     "no indices": ({"levels": [8, 5], "return_indices": False}, (2, 50, 2)),
@@ -55,6 +56,7 @@ RESIDUAL_FSQ = {
     "dropout": ({"levels": [5, 5], "num_quantizers": 4, "quantize_dropout": True}, (2, 50, 2)),
     "channels first": ({"levels": [5, 5], "num_quantizers": 2, "is_channel_first": True}, (2, 2, 20)),
     "image": ({"levels": [5, 5], "num_quantizers": 2, "is_channel_first": True}, (2, 2, 4, 5)),
+    "image, noise": ({"levels": [5, 5], "num_quantizers": 2, "is_channel_first": True, "noise_dropout": 0.5}, (2, 2, 4, 5)),
 }
 
 

@@ -120,6 +120,8 @@ class FSQ(nn.Module):
         """In training shift a share `noise_dropout` of the values by noise of one level's width."""
         if not self.training or self.noise_dropout == 0:
             return bounded_z
+        # Drawn row by row, as in the other library, whatever the strides that a layout left.
+        bounded_z = bounded_z.contiguous()
         shifted = torch.full_like(bounded_z, self.noise_dropout).bernoulli_().bool()
         noise = torch.rand_like(bounded_z) - 0.5
         return torch.where(shifted, bounded_z + noise, bounded_z).clamp(-1.0, 1.0)
