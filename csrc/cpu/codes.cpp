@@ -10,7 +10,7 @@ namespace {
 
 // Rounding unit of float32.
 constexpr double kUnitRoundoff = 0x1p-24;
-constexpr int64_t kSample = 1024;
+constexpr int64_t kSample = 256;
 
 // Evenly spaced sample of a list.
 template <class T>

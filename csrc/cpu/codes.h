@@ -119,14 +119,14 @@ struct PanelBuild {
   void find_basis(const Codes&, const Hints&);
   void project_codes(const Codes&, const Parallel&);
   void find_order(const Hints&, const Codes&, const Parallel&);
-  void find_grid_scale(const Codes&);
   void fill_panels(const Codes&, const Parallel&);
 
   struct Grid {
-    float low[3], per_unit[3];
+    int16_t low[3];
     int8_t coordinate[3] = {0, 0, 0};
+    float per_unit[3];
   };
-  void find_grid(int64_t panel, const float* low, const float* high);
+  void find_grid(int64_t panel, const int16_t* low, const int16_t* high);
 
   const float* centre_;
   std::vector<Grid> grids_;

@@ -87,7 +87,9 @@ inline double dsum(D a) {
 inline D dload(const double* p) { return _mm256_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm256_add_pd(a, b); }
 using H = __m256i;
-inline H hash_start() { return _mm256_set1_epi32(0x2545F491); }
+inline H hash_start() {  // each lane its own
+  return _mm256_mullo_epi32(_mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8), _mm256_set1_epi32(0x2545F491));
+}
 inline H hash_mix(H h, V v) {
   h = _mm256_mullo_epi32(_mm256_xor_si256(h, _mm256_castps_si256(v)), _mm256_set1_epi32(0x5BD1E995));
   return _mm256_xor_si256(h, _mm256_srli_epi32(h, 15));

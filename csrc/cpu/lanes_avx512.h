@@ -78,7 +78,10 @@ inline double dsum(D a) { return _mm512_reduce_add_pd(a); }
 inline D dload(const double* p) { return _mm512_loadu_pd(p); }
 inline D dadd(D a, D b) { return _mm512_add_pd(a, b); }
 using H = __m512i;
-inline H hash_start() { return _mm512_set1_epi32(0x2545F491); }
+inline H hash_start() {  // each lane its own
+  const H lane = _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+  return _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x2545F491));
+}
 inline H hash_mix(H h, V v) {
   h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_castps_si512(v)), _mm512_set1_epi32(0x5BD1E995));
   return _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));

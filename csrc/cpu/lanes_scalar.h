@@ -77,7 +77,7 @@ inline double dsum(D a) { return a[0] + a[1]; }
 inline D dload(const double* p) { return D{p[0], p[1]}; }
 inline D dadd(D a, D b) { return a + b; }
 typedef uint32_t H __attribute__((vector_size(16)));
-inline H hash_start() { return H{0x2545F491, 0x2545F491, 0x2545F491, 0x2545F491}; }
+inline H hash_start() { return H{1, 2, 3, 4} * 0x2545F491u; }  // each lane its own
 inline H hash_mix(H h, V v) {
   H bits;
   __builtin_memcpy(&bits, &v, 16);

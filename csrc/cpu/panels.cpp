@@ -51,70 +51,121 @@ double orthonormality_defect(const std::vector<float>& rows, int count, int64_t 
   return sqrt(total);
 }
 
-// Splits [begin, end) panels of codes until one is left; writes nodes and permutes `order`.
+// Splits codes into halves of whole panels until one panel is left; writes nodes and permutes `order`.
 class Splitter {
  public:
-  Splitter(const PanelQuery* at, std::vector<int32_t>& order, int width)
-      : at_(at), order_(order), width_(width), scratch_(new Key[order.size()]) {}
+  Splitter(const PanelQuery* at, std::vector<int32_t>& order, int width, const Parallel& parallel)
+      : order_(order), width_(width), parallel_(parallel), sorted_(new Key[order.size()]), between_(new Key[order.size()]), at_(at) {}
 
-  // Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
-  void run(PanelTree& tree, int32_t node, int64_t begin, int64_t end, const Parallel& parallel, int depth) {
-    if (end - begin == 1) {
-      tree.nodes[node] = {{node, node}, INFINITY, 0, (int32_t)begin};
-      return;
-    }
-    const int64_t middle = begin + (end - begin) / 2;
-    const int64_t first = begin * kPanel, last = std::min<int64_t>(end * kPanel, order_.size()), cut = middle * kPanel;
-    const int coordinate = widest(first, last);
-    for (int64_t i = first; i < last; ++i) scratch_[i] = {at_[order_[i]].coordinate[coordinate], order_[i]};
-    std::nth_element(scratch_.get() + first, scratch_.get() + cut, scratch_.get() + last,
-                     [](const Key& a, const Key& b) { return a.value < b.value; });
-    for (int64_t i = first; i < last; ++i) order_[i] = scratch_[i].code;
-    const int32_t left = node + 1, right = node + (int32_t)(2 * (middle - begin));
-    tree.nodes[node] = {{left, right}, scratch_[cut].value, coordinate, 0};
-    const auto half = [&](int64_t side) {
-      if (side == 0) run(tree, left, begin, middle, parallel, depth + 1);
-      else run(tree, right, middle, end, parallel, depth + 1);
-    };
-    if (depth == 0) parallel(2, 1, [&](int64_t b, int64_t e) { for (int64_t side = b; side < e; ++side) half(side); });
-    else half(0), half(1);
+  void run(PanelTree& tree, int64_t panels) {
+    split(tree, 0, {at_, order_.data(), (int64_t)order_.size(), 0}, panels, 0);
   }
 
  private:
   struct Key {
     float value;
     int32_t code;
+    bool operator<(const Key& other) const { return value < other.value; }
   };
 
-  int widest(int64_t first, int64_t last) const {
-    const int64_t n = last - first, step = std::max<int64_t>(1, n / 256);
-    double best = -1;
-    int chosen = 0;
+  // codes[0..count): places in `at`. first: where they stand among all codes.
+  struct Part {
+    const PanelQuery* at;
+    int32_t* codes;
+    int64_t count, first;
+  };
+
+  static constexpr int64_t kNearby = 2048;  // codes whose coordinates are brought together: the rest of their tree stays in cache
+
+  // Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
+  void split(PanelTree& tree, int32_t node, const Part& part, int64_t panels, int depth) {
+    if (panels == 1) {
+      tree.nodes[node] = {{node, node}, INFINITY, 0, (int32_t)(part.first / kPanel)};
+      return;
+    }
+    if (part.at == at_ && part.count <= kNearby && (int64_t)order_.size() > kNearby) return split_nearby(tree, node, part, panels, depth);
+    const int64_t half = panels / 2, cut = half * kPanel;
+    const int coordinate = widest(part);
+    const float value = divide(part, cut, coordinate);
+    const int32_t left = node + 1, right = node + (int32_t)(2 * half);
+    tree.nodes[node] = {{left, right}, value, coordinate, 0};
+    const auto side = [&](int64_t i) {
+      if (i == 0) split(tree, left, {part.at, part.codes, cut, part.first}, half, depth + 1);
+      else split(tree, right, {part.at, part.codes + cut, part.count - cut, part.first + cut}, panels - half, depth + 1);
+    };
+    if (depth == 0) parallel_(2, 1, [&](int64_t b, int64_t e) { for (int64_t i = b; i < e; ++i) side(i); });
+    else side(0), side(1);
+  }
+
+  void split_nearby(PanelTree& tree, int32_t node, const Part& part, int64_t panels, int depth) {
+    std::unique_ptr<PanelQuery[]> at(new PanelQuery[part.count]);
+    std::vector<int32_t> given(part.codes, part.codes + part.count), codes(part.count);
+    for (int64_t i = 0; i < part.count; ++i) at[i] = part.at[given[i]];
+    std::iota(codes.begin(), codes.end(), 0);
+    split(tree, node, {at.get(), codes.data(), part.count, part.first}, panels, depth);
+    for (int64_t i = 0; i < part.count; ++i) part.codes[i] = given[codes[i]];
+  }
+
+  // Brings the `cut` codes that are smallest in one coordinate to the front; returns the least of the others. Two values between which
+  // the cut should lie, from a sample, leave few codes to sort out; to come under, over or between them takes no branch.
+  float divide(const Part& part, int64_t cut, int coordinate) {
+    constexpr int kSample = 63, kEitherSide = 8;
+    Key *const sorted = sorted_.get() + part.first, *const between = between_.get() + part.first;
+    const auto key = [&](int64_t i) { return Key{part.at[part.codes[i]].coordinate[coordinate], part.codes[i]}; };
+    int64_t under = 0, over = 0, inside = 0;
+    if (part.count < 8 * kSample) {
+      for (; inside < part.count; ++inside) between[inside] = key(inside);
+    } else {
+      float sample[kSample];
+      for (int i = 0; i < kSample; ++i) sample[i] = key(i * part.count / kSample).value;
+      std::sort(sample, sample + kSample);
+      const int64_t middle = kSample * cut / part.count;
+      const float least = sample[std::max<int64_t>(0, middle - kEitherSide)];
+      const float most = sample[std::min<int64_t>(kSample - 1, middle + kEitherSide)];
+      for (int64_t i = 0; i < part.count; ++i) {
+        const Key k = key(i);
+        sorted[under] = sorted[part.count - 1 - over] = between[inside] = k;
+        under += k.value < least;
+        over += k.value > most;
+        inside += !(k.value < least) & !(k.value > most);
+      }
+    }
+    if (cut >= under && cut < under + inside) std::nth_element(between, between + (cut - under), between + inside);
+    std::copy(between, between + inside, sorted + under);
+    if (cut < under) std::nth_element(sorted, sorted + cut, sorted + under);
+    if (cut >= under + inside) std::nth_element(sorted + under + inside, sorted + cut, sorted + part.count);
+    for (int64_t i = 0; i < part.count; ++i) part.codes[i] = sorted[i].code;
+    return sorted[cut].value;
+  }
+
+  // The coordinate of the largest variance in a sample.
+  int widest(const Part& part) const {
+    const int64_t step = std::max<int64_t>(1, part.count / 128);
     float sum[kMaxBasis + 1] = {}, square[kMaxBasis + 1] = {};
     int64_t count = 0;
-    const float* origin = at_[order_[first]].coordinate;
-    for (int64_t i = first; i < last; i += step, ++count) {
-      const float* c = at_[order_[i]].coordinate;
+    const float* origin = part.at[part.codes[0]].coordinate;
+    for (int64_t i = 0; i < part.count; i += step, ++count) {
+      const float* c = part.at[part.codes[i]].coordinate;
       for (int j = 0; j < width_; ++j) {
         const float v = c[j] - origin[j];
         sum[j] += v;
         square[j] += v * v;
       }
     }
+    double best = -1;
+    int chosen = 0;
     for (int j = 0; j < width_; ++j) {
       const double variance = square[j] - (double)sum[j] * sum[j] / count;
-      if (variance > best) {
-        best = variance;
-        chosen = j;
-      }
+      if (variance > best) best = variance, chosen = j;
     }
     return chosen;
   }
 
-  const PanelQuery* at_;
   std::vector<int32_t>& order_;
-  int width_;
-  std::unique_ptr<Key[]> scratch_;
+  const int width_;
+  const Parallel& parallel_;
+  std::unique_ptr<Key[]> sorted_, between_;
+  const PanelQuery* const at_;
 };
 
 }  // namespace
@@ -126,7 +177,6 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   worth_it = true;
   project_codes(codes, parallel);
   find_order(hints, codes, parallel);
-  find_grid_scale(codes);
   fill_panels(codes, parallel);
 }
 
@@ -205,11 +255,11 @@ void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
 }
 
 // The three widest coordinates of a panel's box, and where and how fast they are cut into cells.
-void PanelBuild::find_grid(int64_t panel, const float* low, const float* high) {
+void PanelBuild::find_grid(int64_t panel, const int16_t* low, const int16_t* high) {
   Grid& grid = grids_[panel];
-  float extent[3] = {-1, -1, -1};
+  int extent[3] = {-1, -1, -1};
   for (int j = 0; j <= plan.directions; ++j) {
-    const float e = high[j] - low[j];
+    const int e = high[j] - low[j];
     for (int i = 0; i < 3; ++i) {
       if (!(e > extent[i])) continue;
       for (int k = 2; k > i; --k) extent[k] = extent[k - 1], grid.coordinate[k] = grid.coordinate[k - 1];
@@ -219,7 +269,7 @@ void PanelBuild::find_grid(int64_t panel, const float* low, const float* high) {
   }
   for (int i = 0; i < 3; ++i) {
     grid.low[i] = low[grid.coordinate[i]];
-    grid.per_unit[i] = extent[i] > 0 ? 1.0f / extent[i] : 0.0f;
+    grid.per_unit[i] = extent[i] > 0 ? 1.0f / (float)extent[i] : 0.0f;
   }
 }
 
@@ -228,7 +278,9 @@ int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bit
   const int32_t last = (1 << bits) - 1;
   int32_t place = 0;
   for (int i = 0; i < 3; ++i) {
-    const float at = (row.coordinate[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
+    int16_t coordinate;
+    memcpy(&coordinate, reinterpret_cast<const char*>(row.grid) + 2 * grid.coordinate[i], 2);
+    const float at = (float)(coordinate - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
     const int32_t step = (int32_t)std::max(0.0f, std::min((float)last, at));
     // There and back, so that neighbours in the order are neighbours in the box.
     place = (place << bits) | (step ^ (-(place & 1) & last));
@@ -248,8 +300,20 @@ void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
   });
   // order: positions in `searched` of the codes within reach; turned into codes once the panels are filled.
   order.clear();
-  for (size_t i = 0; i < searched.size(); ++i)
-    if (coordinates_[i].norm < (float)kFarSquare) order.push_back((int32_t)i);
+  order.reserve(searched.size());
+  float largest = 0;
+  for (size_t i = 0; i < searched.size(); ++i) {
+    if (!(coordinates_[i].norm < (float)kFarSquare)) continue;
+    order.push_back((int32_t)i);
+    largest = std::max(largest, coordinates_[i].norm);
+  }
+  // The grid spans the codes, but for a few that lie far out: they are clamped to it, which brings points closer, never apart.
+  const float ordinary = (float)(64 * codes.typical_square()), span = sqrtf(ordinary > 0 ? std::min(largest, ordinary) : largest);
+  plan.per_unit = kGrid / std::max(span, 1e-15f);
+  plan.rounding = 2 * 0.503f * sqrtf((float)(plan.directions + 1));
+  parallel((int64_t)searched.size(), 2048, [&](int64_t begin, int64_t end) {
+    kernels().round_to_grid(plan.per_unit, plan.directions, &coordinates_[begin], end - begin);
+  });
 }
 
 void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel) {
@@ -259,41 +323,28 @@ void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel
     tree.nodes[0] = {{0, 0}, INFINITY, 0, 0};
     return;
   }
-  Splitter(coordinates_.get(), order, plan.directions + 1).run(tree, 0, 0, panels, parallel, 0);
+  Splitter(coordinates_.get(), order, plan.directions + 1, parallel).run(tree, panels);
   while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
-}
-
-// The grid spans the codes, but for a few that lie far out: they are clamped to it, which brings points closer, never apart.
-void PanelBuild::find_grid_scale(const Codes& codes) {
-  float widest = 0;
-  for (const int32_t at : order)
-    for (int j = 0; j <= plan.directions; ++j) widest = std::max(widest, fabsf(coordinates_[at].coordinate[j]));
-  const float ordinary = (float)(8 * sqrt(codes.typical_square()));
-  const float span = ordinary > 0 ? std::min(widest, ordinary) : widest;
-  plan.per_unit = span > 1e-15f ? kGrid / span : kGrid / 1e-15f;
-  plan.rounding = 2 * 0.503f * sqrtf((float)(plan.directions + 1));
 }
 
 namespace {
 
-// The least and the greatest of some points, pair by pair.
+// The least and the greatest of some points, place by place.
 struct Box {
-  int16_t low[2 * kMaxPairs], high[2 * kMaxPairs];
+  typedef int16_t Places __attribute__((vector_size(32)));
+  Places low, high;
   Box() {
-    std::fill_n(low, 2 * kMaxPairs, (int16_t)kGrid);
-    std::fill_n(high, 2 * kMaxPairs, (int16_t)-kGrid);
+    for (int j = 0; j < 16; ++j) low[j] = kGrid, high[j] = -kGrid;
   }
-  void add(const int16_t* least, const int16_t* greatest) {
-    for (int j = 0; j < 2 * kMaxPairs; ++j) {
-      low[j] = std::min(low[j], least[j]);
-      high[j] = std::max(high[j], greatest[j]);
-    }
+  void add(const Places& least, const Places& greatest) {
+    low = low < least ? low : least;
+    high = high > greatest ? high : greatest;
   }
   // As the i-th of 16 boxes [pairs, 16].
   void store(int pairs, int i, int32_t* to_low, int32_t* to_high) const {
     for (int j = 0; j < pairs; ++j) {
-      memcpy(to_low + j * kPanelGroup + i, low + 2 * j, 4);
-      memcpy(to_high + j * kPanelGroup + i, high + 2 * j, 4);
+      memcpy(to_low + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&low) + j, 4);
+      memcpy(to_high + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&high) + j, 4);
     }
   }
 };
@@ -313,16 +364,10 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
   int32_t* group_high = group_low + blocks * box;
   id_.assign(panels * kPanel, 0);
   grids_.resize(panels);
-  parallel((int64_t)codes.searched().size(), 2048, [&](int64_t begin, int64_t end) {
-    kernels().round_to_grid(plan.per_unit, plan.directions, &coordinates_[begin], end - begin);
-  });
   std::vector<Box> group_box(blocks * kPanelGroup);
   parallel(groups, 4, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       for (int i = 0; i < kPanelGroup; ++i) {
-        float lo[kMaxBasis + 1], hi[kMaxBasis + 1];
-        std::fill_n(lo, kMaxBasis + 1, INFINITY);
-        std::fill_n(hi, kMaxBasis + 1, -INFINITY);
         Box all;
         const int64_t p = g * kPanelGroup + i;
         for (int lane = 0; lane < kPanel && p < panels; ++lane) {
@@ -333,26 +378,22 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
             start[at] = INT32_MAX;
             continue;
           }
+          constexpr int64_t kAhead = 8;  // codes lie anywhere
+          if (at + kAhead < (int64_t)order.size()) __builtin_prefetch(&coordinates_[order[at + kAhead]]);
           const PanelQuery& c = coordinates_[order[at]];
-          id_[at] = codes.searched()[order[at]];
-          int16_t point[2 * kMaxPairs], negated[2 * kMaxPairs];
-          memcpy(point, c.grid, sizeof(point));
-          int32_t square = 0;
-          for (int j = 0; j < 2 * pairs; ++j) {
-            square += (int32_t)point[j] * point[j];
-            negated[j] = (int16_t)-point[j];
-          }
-          start[at] = square >> 1;
-          for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, negated + 2 * j, 4);
+          Box::Places point = {};
+          memcpy(&point, c.grid, sizeof(c.grid));
           all.add(point, point);
-          for (int j = 0; j <= plan.directions; ++j) {
-            lo[j] = std::min(lo[j], c.coordinate[j]);
-            hi[j] = std::max(hi[j], c.coordinate[j]);
-          }
+          const Box::Places negated = -point;
+          int32_t square = 0;
+          for (int j = 0; j < 2 * kMaxPairs; ++j) square += (int32_t)point[j] * point[j];
+          for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, reinterpret_cast<const int32_t*>(&negated) + j, 4);
+          start[at] = square >> 1;
+          id_[at] = codes.searched()[order[at]];
         }
         all.store((int)pairs, i, low + g * box, high + g * box);
         group_box[g].add(all.low, all.high);
-        if (p < panels) find_grid(p, lo, hi);
+        if (p < panels) find_grid(p, reinterpret_cast<const int16_t*>(&all.low), reinterpret_cast<const int16_t*>(&all.high));
       }
     }
   });

@@ -278,11 +278,12 @@ uint64_t inspect(const float* row, int64_t dim, bool* finite) {
     hash = hash_mix(hash, v);
   }
   *finite = good;
-  uint32_t lanes[W];
-  hash_store(lanes, hash);
-  uint64_t total = 0x9E3779B97F4A7C15ull;
-  for (int i = 0; i < W; ++i) total = (total ^ lanes[i]) * 0x9FB21C651E98DF25ull, total ^= total >> 31;
-  return total;
+  uint64_t lanes[W / 2];
+  hash_store(reinterpret_cast<uint32_t*>(lanes), hash);
+  for (int i = 2; i < W / 2; ++i) lanes[i % 2] ^= lanes[i];  // they differ in how they started
+  uint64_t total = (lanes[0] ^ 0x9E3779B97F4A7C15ull) * 0x9FB21C651E98DF25ull;
+  total = ((total ^ total >> 31) + lanes[1]) * 0x9FB21C651E98DF25ull;
+  return total ^ total >> 31;
 }
 
 double centred_norm(const float* row, const float* centre, int64_t dim) {
