@@ -235,7 +235,10 @@ inline void project_row(const float* row, const float* centre, const float* dire
 
 void project(const float* rows, int64_t ld, int64_t n, const float* centre, const float* directions, int count, int64_t dim,
              float rest_rel, PanelQuery* out) {
+  constexpr int64_t kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
+  const int64_t bytes = (dim < 256 ? dim : 256) * 4;
   for (int64_t i = 0; i < n; ++i) {
+    fetch(rows + (i + kAhead) * ld, bytes);
     if (count == 4) project_row<4>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
     else project_row<8>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
   }
