@@ -8,8 +8,11 @@ The right-hand side is what _screen_kernel computes, for rows of 64 instead of D
 and a third bound. _settle_reduced_kernel evaluates the scores of the two, an upper bound of the least one: if the third bound is above it,
 no other code can be nearest. Directions may be any: only how many rows stay open depends on them. They come from the codebook.
 
-Rounding, z for x' or c'. G = PP', delta = |G - 1| (Frobenius, measured; directions of length 0 left out). Computed coordinates y^ err by
-at most pi |z|, pi = sqrt(64 (1 + delta)) (32 + D / 32 + 4) 2^-24: sums of 32 products, added up. With the true projector P'G^-1 P and delta <= 1/4:
+Rounding, z for x' or c'. G = PP', delta = |G - 1| (Frobenius, measured; directions of length 0 left out), so P stretches by sqrt(1 + delta) at most,
+and so does every subset of its columns. A partial sum over some components T is P_T z_T: no longer than sqrt(1 + delta) |z|, whatever T is. Computed
+coordinates y^ therefore err by at most pi |z|, pi = sqrt(1 + delta) (D + 32) 2^-24: D sums, each rounded once, in one chain as compiled or in any order
+that all directions share; sqrt(D) < 23 for products rounded on their own; the rest for what the errors themselves add. With the true projector
+P'G^-1 P and delta <= 1/4:
     rho^2 <= |z|^2 - |y^|^2 + rest_rel |z|^2,   rest_rel = 2.3 pi + pi^2 + 2 delta + (D + 96) 2^-23     (the last for the sums of squares)
     x'.c' <= y^_x.y^_c + rho_x rho_c + epsilon |x'||c'|,   epsilon = 2.3 pi + pi^2 + 3 delta + 2^-22    (the last for z itself)
 by |G^-1 - 1| <= delta / (1 - delta), |y| <= sqrt(1 + delta) |z|, |y - y^| <= pi |z|. rho^ = sqrt of the first right-hand side is used as rho. Then
@@ -32,7 +35,6 @@ from ._screen import _load_triples
 from ._triton import power_of_two, warps
 
 ROW = 64  # components of a reduced row: the directions and the rest
-CHUNK = tl.constexpr(32)
 MOST_DIM = 512  # the directions are made orthonormal in registers: 64 x 512 numbers, 32 for each of 1,024 threads
 SAMPLE = 2048  # codes that the directions are found from
 
@@ -88,6 +90,11 @@ def directions(single: Tensor, codes: int, dim: int) -> Directions:
     return measured(rows.mT.contiguous())
 
 
+def coordinate_error(dim: int, delta: Tensor) -> Tensor:
+    """pi: what the computed coordinates [64] of a row of length 1 can be off by, summed in any order that all directions share."""
+    return (1 + delta).sqrt() * (dim + 32) * 2.0**-24
+
+
 def measured(basis: Tensor) -> Directions:
     """Any basis [G, D, 64] with a zero last column, with its bounds; columns too far from orthonormal become zero, which certifies little."""
     wide = basis.double()
@@ -96,7 +103,7 @@ def measured(basis: Tensor) -> Directions:
     delta = (gram - unit).flatten(1).norm(dim=1)
     good = delta <= 0.25
     delta = torch.where(good, delta, 0.0) * (1 + 2.0**-20)
-    pi = (ROW * (1 + delta)).sqrt() * (CHUNK.value + basis.shape[1] / CHUNK.value + 4) * 2.0**-24
+    pi = coordinate_error(basis.shape[1], delta)
     both = 2.3 * pi + pi * pi
     rest_rel = both + 2 * delta + (basis.shape[1] + 96) * 2.0**-23
     # 2^-20: these two are rounded to float32.

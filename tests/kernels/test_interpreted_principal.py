@@ -137,6 +137,24 @@ def test_any_basis_is_right(search, monkeypatch, basis):
     check(search(x, codebook), x, codebook)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dim", [128, 512])
+def test_coordinates_summed_in_one_chain_stay_within_their_bound(dim, fused):
+    """As the compiler does it: it adds each step's product onto the running sum, where the interpreter sums a step on its own."""
+    module = importlib.import_module("vqfast.kernels._principal")
+    z = cases.normal(200, dim, seed=12)
+    z[::2] = z[::2].abs() + 1.0  # partial sums that only grow
+    columns = torch.linalg.qr(torch.cat([torch.ones(dim, 1), cases.normal(dim, 62, seed=13)], 1))[0]
+    chain = torch.zeros(200, 63)
+    for d in range(dim):
+        product = z[:, d, None].double() * columns[d].double()  # exact
+        chain = (chain.double() + (product if fused else product.float().double())).float()
+    delta = (columns.double().mT @ columns.double() - torch.eye(63)).norm()
+    off = (chain.double() - z.double() @ columns.double()).norm(dim=1) / z.double().norm(dim=1)
+    bound = module.coordinate_error(dim, delta)
+    assert bound / 100 < off.max() <= bound, (off.max(), bound)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("basis", ["principal", "scaled"])
 def test_the_bound_lies_below_every_score_and_is_tight(metric, basis):
