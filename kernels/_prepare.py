@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._exact import COSINE, DOT, L2
+from ._rows import _row_pointers
 
 # A score that no row accepts. Rows are screened when their largest component is at most 2^30 (in units of 2^g), so that for D < 2^30
 # every sum below stays finite in float32: R <= 2^28 and R DROPPED <= 2^126.
@@ -236,12 +237,12 @@ def _row_scale(largest, METRIC: tl.constexpr):
     return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["N", "first", "rows"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "first", "rows"], do_not_specialize_on_alignment=["stride_d"])
 def _rows_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, first, rows, chosen, ready,
     centre, unit,
     half, row_width, row_scale, half_row, accumulate,
-    METRIC: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    METRIC: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Round BLOCK rows of one group to float16: reads x twice (the second time from cache), writes 2 P bytes a row.
 
@@ -259,7 +260,7 @@ def _rows_kernel(
         valid = r < count
         place = tl.load(chosen + g * rows + r, mask=valid, other=0).to(tl.int64)
     b = (first + place) // N
-    pointers = x + b * stride_b + g * stride_g + (first + place - b * N) * stride_n
+    pointers = _row_pointers(x, stride_b, stride_g, stride_n, b, g, first + place - b * N, ALIGN)
     scale = tl.load(unit + g) if METRIC == L2 else 1.0
     mu = centre + g * D
     largest = tl.zeros([BLOCK], tl.float32)

@@ -29,10 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _tuning
 from ._exact import L2, _distance, _settle_first, _settle_rival
 from ._prepare import HALF_STEP, ROW_MAX, _load_raw, _row_scale, _shift
+from ._rows import _row_pointers
 from ._screen import _load_triples
-from ._triton import power_of_two, warps
 
 ROW = 64  # components of a reduced row: the directions and the rest
 MOST_DIM = 512  # the directions are made orthonormal in registers: 64 x 512 numbers, 32 for each of 1,024 threads
@@ -50,13 +51,14 @@ def _orthonormal_kernel(matrix, basis, D, COLUMNS: tl.constexpr, BLOCK_D: tl.con
     ds = tl.arange(0, BLOCK_D)
     inside = (ds < D)[None, :]
     y = tl.load(matrix + g * COLUMNS * D + rows[:, None] * D + ds[None, :], mask=inside & (rows < COLUMNS - 1)[:, None], other=0.0)
-    before = tl.sum(y * y, 1)  # [COLUMNS]
     for j in range(0, COLUMNS - 1):
         mine = rows == j
         v = tl.sum(tl.where(mine[:, None], y, 0.0), 0)  # [BLOCK_D]
         norm2 = tl.sum(v * v, 0)
+        # Its length before all that: read again, because the lengths of all rows would not fit in registers beside them.
+        given = tl.load(matrix + (g * COLUMNS + j) * D + ds, mask=ds < D, other=0.0)
         # What is left of a dependent row is rounding error: not orthogonal to the others.
-        keep = (norm2 > 1e-8 * tl.sum(tl.where(mine, before, 0.0), 0)) & (norm2 > 1e-30) & (norm2 < 1e30)
+        keep = (norm2 > 1e-8 * tl.sum(given * given, 0)) & (norm2 > 1e-30) & (norm2 < 1e30)
         v = tl.where(keep, v / tl.sqrt(tl.where(keep, norm2, 1.0)), 0.0)
         share = tl.where(rows > j, tl.sum(y * v[None, :], 1), 0.0)
         y = tl.where(mine[:, None], v[None, :], y - share[:, None] * v[None, :])
@@ -83,9 +85,7 @@ def directions(single: Tensor, codes: int, dim: int) -> Directions:
     for _ in range(2):
         matrix = (matrix @ sample.mT) @ sample
         matrix /= matrix.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
-        _orthonormal_kernel[(len(single),)](
-            matrix, rows, dim, COLUMNS=ROW, BLOCK_D=power_of_two(dim), num_warps=warps(256 if dim <= 256 else 1024)
-        )
+        _orthonormal_kernel[(len(single),)](matrix, rows, dim, COLUMNS=ROW, **_tuning.orthonormal(dim))
         matrix = rows
     return measured(rows.mT.contiguous())
 
@@ -145,11 +145,11 @@ def _reduce_codes_kernel(
     tl.store(width + g * padded + ks, wide)
 
 
-@triton.jit(do_not_specialize=["N", "first", "rows"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "first", "rows"], do_not_specialize_on_alignment=["stride_d"])
 def _reduce_rows_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, first, rows, chosen, ready,
     centre, unit, basis, rest_rel, epsilon, half, row_width, row_scale, row_factor, accumulate,
-    METRIC: tl.constexpr, CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    METRIC: tl.constexpr, CHOSEN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """_rows_kernel for reduced rows: half [G, rows, COLUMNS], X, R as the screen takes it (1 but for l2) and R, of rows before ready[g].
 
@@ -163,7 +163,7 @@ def _reduce_rows_kernel(
         if CHOSEN:
             place = tl.load(chosen + r, mask=valid, other=0).to(tl.int64)
         b = (first + place) // N
-        pointers = x + b * stride_b + g * stride_g + (first + place - b * N) * stride_n
+        pointers = _row_pointers(x, stride_b, stride_g, stride_n, b, g, first + place - b * N, ALIGN)
         scale = tl.load(unit + g) if METRIC == L2 else 1.0
         mu = centre + g * D
         largest = tl.zeros([BLOCK], tl.float32)
@@ -174,7 +174,9 @@ def _reduce_rows_kernel(
             bad += tl.sum((~(tl.abs(raw) < float("inf"))).to(tl.int32), 1)
             largest = tl.maximum(largest, tl.max(tl.abs(_shift(raw, ds, D, mu, scale, METRIC)), 1))
         far = ~(largest <= ROW_MAX) if METRIC == L2 else ~(largest < float("inf"))
-        usable = valid & ~(far | (bad > 0))
+        # Added to X at the end: a row that is not finite, one too large for a screen, one of ours.
+        beyond = tl.where(bad > 0, float("nan"), tl.where(far, float("inf"), 0.0))
+        usable = valid & (beyond == 0.0)
         scaled = _row_scale(tl.where(usable, largest, 1.0), METRIC)
         columns = tl.arange(0, COLUMNS)
         y = tl.zeros([BLOCK, COLUMNS], tl.float32)
@@ -190,8 +192,7 @@ def _reduce_rows_kernel(
         tl.store(half + (g * rows + r[:, None]) * COLUMNS + columns[None, :], rounded, mask=valid[:, None])
         error = lost + (accumulate + tl.load(epsilon + g)) * norm
         width = tl.maximum(norm, error / (HALF_STEP + accumulate)) * (1.0 + 2.0**-9) + 2.0**-40
-        width = tl.where(bad > 0, float("nan"), tl.where(far, float("inf"), width))
-        tl.store(row_width + g * rows + r, width, mask=valid)
+        tl.store(row_width + g * rows + r, width + beyond, mask=valid)
         tl.store(row_scale + g * rows + r, scaled if METRIC == L2 else tl.full([BLOCK], 1.0, tl.float32), mask=valid)
         tl.store(row_factor + g * rows + r, scaled, mask=valid)
 
@@ -219,7 +220,7 @@ def _upper_bound(pointers, stride_d, mu, scale, x_scale, factor, code, D, offset
     return high - dot + off + 2.0**-20 * (tl.abs(high) + tl.abs(dot)) + 2.0**-90
 
 
-@triton.jit(do_not_specialize=["N", "first_row", "rows", "splits"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "first_row", "rows", "splits"], do_not_specialize_on_alignment=["stride_d"])
 def _settle_reduced_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, first_row, rows, chosen, ready,
     codebook, code_stride_g, code_stride_k, code_stride_d, K,
@@ -247,7 +248,7 @@ def _settle_reduced_kernel(
         flat = first_row + place
         b = flat // N
         n = flat - b * N
-        pointers = x + b * stride_b + g * stride_g + n * stride_n
+        pointers = _row_pointers(x, stride_b, stride_g, stride_n, b, g, n, 1)
         scale = tl.load(unit + g) if METRIC == L2 else 1.0
         high = tl.full([BLOCK_N], float("inf"), tl.float32)
         for candidate in tl.static_range(2):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ._triton import cdiv, interpreted, power_of_two
+from ._triton import cdiv, interpreted, power_of_two, warps
 
 # A row shorter than this does not fill the 16 products of one tensor-core step, and float16 leaves too many of its codes close.
 TENSOR_CORE_DIM = 16
@@ -21,6 +21,7 @@ ROWS = {"BLOCK": 128, "BLOCK_D": 128} if _INTERPRETED else {"BLOCK": 32, "BLOCK_
 SETTLE = {"BLOCK_N": 128, "num_warps": 4}
 UPDATE = {"BLOCK": 16, "BLOCK_D": 64}
 CODES = 256 if _INTERPRETED else 16
+KEYS = {"BLOCK": 1024}  # eight numbers a thread: nothing but a read, a division and a write
 
 # The screen in principal directions: from 128 components on its products take half of the whole rows' time or less. A quarter of the rows may
 # stay open before it costs more than it saves. 2^33 scores take some 5 ms on an H200; finding directions, some 0.4 ms.
@@ -28,7 +29,14 @@ REDUCED_DIM = 128
 REDUCED_SCORES = 1 << 33
 PILOT = 1024
 PILOT_SHARE = 4
-REDUCE = {"BLOCK": 64, "STEP": 32, "num_warps": 4}
+# 64 x 64 coordinates are 32 registers a thread. 16 components a step, as in `resolve`: with 32, operands and accumulator reach 255 registers on sm_80
+# (Triton 3.9) and spill there and on sm_90.
+REDUCE = {"BLOCK": 64, "STEP": 16, "num_warps": 4}
+
+
+def orthonormal(dim: int) -> dict:
+    """64 x `dim` numbers in the registers of one program: 32 or 64 a thread."""
+    return {"BLOCK_D": power_of_two(dim), "num_warps": warps(256 if dim <= 256 else 1024)}
 
 
 def resolve(row: int) -> dict:

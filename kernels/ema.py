@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tuning
+from ._rows import _row_pointers, row_alignment
 from ._triton import cdiv, on_device
 
 
@@ -29,20 +30,12 @@ def _keys_kernel(indices, keys, rows, groups, per_group, K, BLOCK: tl.constexpr)
     tl.store(keys + r, key.to(keys.dtype.element_ty), mask=r < rows)
 
 
-@triton.jit
-def _row_pointers(x, stride_b, stride_g, stride_n, row, groups, per_group):
-    """Pointers to element 0 of flat rows of [B, G, N, D]."""
-    n = row % per_group
-    bg = row // per_group
-    return x + (bg // groups) * stride_b + (bg % groups) * stride_g + n * stride_n
-
-
-@triton.jit(do_not_specialize=["groups", "per_group"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "groups", "per_group"], do_not_specialize_on_alignment=["stride_d"])
 def _block_sums_kernel(
     x, stride_b, stride_g, stride_n, stride_d, D, groups, per_group,
     rows_by_code, starts, first_block, block_key, K,
     sums, counts, partial, dropped,
-    CHECK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (p, c): the sum over block p, at most BLOCK rows of one code, of components c BLOCK_D..; a block of its own finishes the code."""
     p = tl.program_id(0).to(tl.int64)
@@ -57,7 +50,8 @@ def _block_sums_kernel(
         for start in range(begin, end, ROWS):
             at = start + tl.arange(0, ROWS).to(tl.int64)
             row = tl.load(rows_by_code + at, mask=at < end, other=0)
-            pointers = _row_pointers(x, stride_b, stride_g, stride_n, row, groups, per_group)
+            bg = row // per_group
+            pointers = _row_pointers(x, stride_b, stride_g, stride_n, bg // groups, bg % groups, row % per_group, ALIGN)
             keep = at < end
             value = tl.load(
                 pointers[:, None] + ds[None, :] * stride_d, mask=keep[:, None] & (ds < D)[None, :], other=0.0
@@ -124,7 +118,8 @@ def rows_by_code(indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     # The sort's cost goes with the bytes of its keys.
     dtype = torch.int16 if last < 2**15 else torch.int32 if last < 2**31 else torch.int64
     keys = torch.empty(indices.numel(), dtype=dtype, device=indices.device)
-    _keys_kernel[(cdiv(keys.numel(), 1024),)](indices.contiguous(), keys, keys.numel(), g, n, codebook_size, BLOCK=1024)
+    tile = _tuning.KEYS
+    _keys_kernel[(cdiv(keys.numel(), tile["BLOCK"]),)](indices.contiguous(), keys, keys.numel(), g, n, codebook_size, **tile)
     keys, order = torch.sort(keys, stable=True)
     starts = torch.searchsorted(keys, torch.arange(last + 1, dtype=dtype, device=keys.device))
     return order, starts
@@ -168,8 +163,9 @@ def code_sums(x: Tensor, indices: Tensor, codebook_size: int, check: bool) -> tu
         partial = torch.empty((most, d), dtype=torch.float64, device=x.device)
         dropped = torch.empty(most, dtype=torch.int64, device=x.device)
         _block_sums_kernel[(most, chunks)](
-            x, *x.stride(), d, g, n, order, starts, first_block, block_key, k, sums, counts, partial, dropped, CHECK=check, **tile
-        )
+            x, *x.stride(), d, g, n, order, starts, first_block, block_key, k, sums, counts, partial, dropped, CHECK=check,
+            ALIGN=row_alignment(x), **tile,
+        )  # fmt: skip
         _code_sums_kernel[(cdiv(g * k, _tuning.CODES), chunks)](
             d, starts, first_block, k, g * k, sums, counts, partial, dropped, CODES=_tuning.CODES, ROWS=tile["ROWS"],
             BLOCK_D=tile["BLOCK_D"],

@@ -28,6 +28,7 @@ from torch import Tensor
 from . import _principal, _tuning
 from ._exact import L2, _distance, _score, _settle_first, _settle_rival
 from ._prepare import _centre_kernel, _codes_kernel, _duplicates_kernel, _rows_kernel
+from ._rows import _row_pointers, row_alignment
 from ._screen import _load_triples, _screen_kernel, _screen_rows_single
 from ._triton import cdiv, on_device, power_of_two, processors, shared_memory
 
@@ -47,7 +48,7 @@ def _certify(best, first, second, third, x_width, x_scale, width, slack, padded,
     return third > limit, second <= limit
 
 
-@triton.jit(do_not_specialize=["N", "first_row", "rows", "splits"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "first_row", "rows", "splits"], do_not_specialize_on_alignment=["stride_d"])
 def _settle_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, first_row, rows, chosen, ready,
     codebook, code_stride_g, code_stride_k, code_stride_d, K,
@@ -78,7 +79,7 @@ def _settle_kernel(
     flat = first_row + tl.minimum(place, rows - 1)
     b = flat // N
     n = flat - b * N
-    pointers = x + b * stride_b + g * stride_g + n * stride_n
+    pointers = _row_pointers(x, stride_b, stride_g, stride_n, b, g, n, 1)  # a lane reads one component at a time
     codebook += g * code_stride_g
     two = two & certified
     score, index = _settle_first(pointers, stride_d, codebook, code_stride_k, code_stride_d, K, D, first, METRIC, BLOCK_N)
@@ -129,14 +130,14 @@ def _search_all(pointers, stride_d, codes, stride_k, code_stride_d, K, D, METRIC
     return score, index
 
 
-@triton.jit(do_not_specialize=["N", "first_row", "rows"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "first_row", "rows"], do_not_specialize_on_alignment=["stride_d"])
 def _resolve_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, first_row, rows,
     codebook, code_stride_g, code_stride_k, code_stride_d, K,
     centre, unit, single, offset, width, slack, padded, half_row, accumulate, evaluate,
     distance, indices, todo, todo_count,
-    METRIC: tl.constexpr, LISTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_ALL: tl.constexpr,
+    METRIC: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """All that is left of a row: float32 screen, certificate, formula. Programs stride over the list (or over all rows)."""
     g = tl.program_id(1).to(tl.int64)
@@ -151,7 +152,7 @@ def _resolve_kernel(
         flat = first_row + r
         b = flat // N
         n = flat - b * N
-        pointers = x + b * stride_b + g * stride_g + n * stride_n
+        pointers = _row_pointers(x, stride_b, stride_g, stride_n, b, g, n, ALIGN)
         best, first, second, other, third, x_width, x_scale = _screen_rows_single(
             pointers, valid, stride_d, D, centre + g * D, tl.load(unit + g), accumulate,
             single + g * padded * half_row, offset + g * padded, width + g * padded, padded, half_row,
@@ -255,7 +256,7 @@ def _screen_half(x, rows_of_x, codes: _Codes, metric: int, config: dict, listed:
     row_width, row_scale = empty(torch.float32, groups, rows), empty(torch.float32, groups, rows)
     _rows_kernel[(cdiv(rows, _tuning.ROWS["BLOCK"]), groups)](
         x, *x.stride(), n, d, first, rows, *(listed or (half, half)), codes.centre, codes.unit, half, row_width, row_scale, codes.row,
-        accumulation_error(codes.row), METRIC=metric, LISTED=listed is not None, **_tuning.ROWS,
+        accumulation_error(codes.row), METRIC=metric, LISTED=listed is not None, ALIGN=row_alignment(x), **_tuning.ROWS,
     )  # fmt: skip
     found = _launch_screen((half, row_width, row_scale), codes.half, codes.width_half, codes, config, listed and listed.count)
     return row_width, row_scale, *found
@@ -326,7 +327,7 @@ def _search(
     programs = min(cdiv(rows, tile["BLOCK_N"]), _tuning.RESOLVE_WAVES * processors(x))
     _resolve_kernel[(programs, g)](
         *where, *codes_in, codes.centre, codes.unit, codes.single, codes.offset, codes.width_single, codes.slack, codes.padded, codes.row,
-        accumulation_error(codes.row), evaluate, distance, indices, todo, todo_count, METRIC=metric, LISTED=config.half, **tile,
+        accumulation_error(codes.row), evaluate, distance, indices, todo, todo_count, METRIC=metric, LISTED=config.half, ALIGN=row_alignment(x), **tile,
         enable_fp_fusion=False,
     )  # fmt: skip
     return todo_count
@@ -380,7 +381,8 @@ def _search_reduced(rows_of_x, x, codebook, codes: _Codes, reduced: _Reduced, me
         tile = _tuning.REDUCE
         _principal._reduce_rows_kernel[(cdiv(count, tile["BLOCK"]), g)](
             *where, codes.centre, codes.unit, *reduced.directions, half, row_width, row_scale, row_factor,
-            accumulation_error(_principal.ROW), METRIC=metric, CHOSEN=chosen is not None, COLUMNS=_principal.ROW, **tile,
+            accumulation_error(_principal.ROW), METRIC=metric, CHOSEN=chosen is not None, ALIGN=row_alignment(x),
+            COLUMNS=_principal.ROW, **tile,
         )  # fmt: skip
         bounds, found, splits = _launch_screen((half, row_width, row_scale), reduced.half, reduced.width, codes, config, ready)
         left = _Listed(empty(torch.int32, g, count), torch.zeros(g, dtype=torch.int32, device=x.device))

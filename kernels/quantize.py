@@ -12,22 +12,24 @@ from torch import Tensor
 
 from . import _tuning
 from ._cast import _as
+from ._rows import _row_pointers, row_alignment
 from ._triton import cdiv, on_device
 from .ema import code_counts, code_sums
 from .nearest import nearest_triton
 
 
-@triton.jit(do_not_specialize=["N", "rows"])
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "N", "rows"], do_not_specialize_on_alignment=["stride_d"])
 def _step_kernel(
     x, stride_b, stride_g, stride_n, stride_d, N, D, rows, groups,
     codebook, code_stride_g, code_stride_k, code_stride_d,
     distance, found, mask,
     quantized, rest, total, indices, counted, error, nonfinite,
-    MASKED: tl.constexpr, LEVEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N of the B * G * N rows: reads x and its code once, writes the step's outputs and one partial sum of each kind.
 
-    LEVEL -1: a single quantizer, writes `quantized`. LEVEL 0, 1, ...: a residual one, writes x - code to `rest`, code to or onto `total`.
+    LEVEL -1: a single quantizer, writes `quantized`. LEVEL 0, 1: the first and every other level of a residual one, writes x - code to `rest`, code
+    to or onto `total`.
     """
     p = tl.program_id(0).to(tl.int64)
     r = p * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -45,18 +47,19 @@ def _step_kernel(
     tl.store(indices + r, tl.where(unmasked, index, -1), mask=inside)
     tl.store(counted + r, tl.where(valid, index, -1), mask=inside)
     tl.store(nonfinite + p, tl.sum((unmasked & ~finite).to(tl.int64), 0))
-    row = x + b * stride_b + g * stride_g + n * stride_n
+    row = _row_pointers(x, stride_b, stride_g, stride_n, b, g, n, ALIGN)
     code = codebook + g * code_stride_g + index * code_stride_k
+    # What stands in the place of a code where a row has none: NaN where it is not finite, 0 where it is masked.
+    instead = tl.where(unmasked, float("nan"), 0.0)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for start in range(0, D, BLOCK_D):
         ds = start + tl.arange(0, BLOCK_D).to(tl.int64)
         some = inside[:, None] & (ds < D)[None, :]
         value = tl.load(row[:, None] + ds[None, :] * stride_d, mask=some, other=0.0).to(tl.float32)
         chosen = tl.load(code[:, None] + ds[None, :] * code_stride_d, mask=some, other=0.0).to(tl.float32)
-        difference = tl.where(valid[:, None], value.to(tl.float64) - chosen.to(tl.float64), 0.0)
+        difference = value.to(tl.float64) - chosen.to(tl.float64)
         squares += tl.sum(difference * difference, 1)
-        chosen = tl.where(finite[:, None], chosen, float("nan"))
-        chosen = tl.where(unmasked[:, None], chosen, 0.0)
+        chosen = tl.where(valid[:, None], chosen, instead[:, None])
         at = r[:, None] * D + ds[None, :]
         if LEVEL < 0:
             tl.store(quantized + at, _as(chosen, quantized.dtype.element_ty), mask=some)
@@ -65,7 +68,8 @@ def _step_kernel(
             if LEVEL > 0:
                 chosen = tl.load(total + at, mask=some, other=0.0) + chosen
             tl.store(total + at, chosen, mask=some)
-    tl.store(error + p, tl.sum(squares, 0))
+    # Rows that do not count are left out of the sum here, once; inside the loop the choice costs two registers an element.
+    tl.store(error + p, tl.sum(tl.where(valid, squares, 0.0), 0))
 
 
 def _step(x, codebook, mask, metric, with_sums, *, quantized=None, rest=None, total=None, level=-1):
@@ -85,7 +89,8 @@ def _step(x, codebook, mask, metric, with_sums, *, quantized=None, rest=None, to
             _step_kernel[(programs,)](
                 x, *x.stride(), n, d, rows, g, codebook, *codebook.stride(), distance, found, mask_bytes,
                 unused if quantized is None else quantized, unused if rest is None else rest, unused if total is None else total,
-                indices, counted, error, nonfinite, MASKED=mask is not None, LEVEL=level, **tile,
+                indices, counted, error, nonfinite, MASKED=mask is not None, LEVEL=min(level, 1),
+                ALIGN=row_alignment(x), **tile,
             )  # fmt: skip
     if with_sums:
         sums, counts = code_sums(x, counted, k, check=False)

@@ -73,7 +73,7 @@ def source_of(kernel: JITFunction, args: tuple, keywords: dict) -> tuple[ASTSour
             signature[parameter.name] = "u1"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not free:
+            if value % 16 == 0 and not free and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"

@@ -43,13 +43,11 @@ def test_the_lock_holds_no_spill_on_sm_90():
     import json
 
     lock = json.loads((HERE.parents[1] / "kernels" / "kernels.lock.json").read_text())
-    assert lock
+    assert {"3.6", "3.7", "3.9"} <= set(lock)
     for version, archs in lock.items():
         assert set(archs) == {"sm_80", "sm_90", "sm_100"}, version
-        # Triton 3.6's assembler moves one register of one kernel to keep its programs at 64 registers; 3.9's a few in the preparation of
-        # principal directions, once per search.
-        known = {"3.6": {"residual/D64/step"}, "3.9": {"nearest/principal/D128/reduce_codes", "nearest/principal/D512/orthonormal"}}
-        assert {label for label, row in archs["sm_90"].items() if row["spills"]} <= known.get(version, set()), version
+        spilling = [label for label, row in archs["sm_90"].items() if row["spills"]]
+        assert not spilling, (version, spilling)
         for arch, limit in (("sm_80", 163), ("sm_90", 227), ("sm_100", 227)):
             assert max(row["shared"] for row in archs[arch].values()) <= limit * 1024
 
@@ -91,6 +89,18 @@ for arch, word in ((90, "wgmma.mma_async"), (80, "mma.sync")):
 
 
 @pytest.mark.slow
+def test_rows_are_read_in_vectors():
+    """Strides that the compiler does not look at must not cost the 16-byte loads of aligned rows; one word at a time would be right, and slow."""
+    compiled("""
+import re
+launches = aot.launches_of_everything(*aot.CUDA[90])
+for label in ("nearest/D64/rows", "code_stats/D128/block_sums", "quantize/D64/step", "nearest/principal/D128/reduce_rows"):
+    ptx = aot.compile_one(launches[label], GPUTarget("cuda", 90, 32))[1].asm["ptx"]
+    assert re.search(r"ld\\.global\\S*\\.v4\\.b32", ptx), label
+""")
+
+
+@pytest.mark.slow
 def test_float32_convolutions_are_float32():
     """No TF32, whatever torch's switches say: 10 bits of a product would miss the contract's bound."""
     compiled("""
@@ -102,27 +112,35 @@ for label in ("masked_conv/fp32/conv", "masked_conv/fp32/weight_grad"):
 
 
 def test_a_new_batch_size_compiles_nothing_new():
-    """Kernels take the number of rows at run time: the compiler's input is the same for every N, and for convolutions for every map, 1 and multiples
-    of 16 included."""
+    """Kernels take the number of rows, batches and pixels at run time: the compiler's input is the same for every one, 1 and multiples of 16 included,
+    whatever the dimension; pictures of one pixel are rows."""
     compiled("""
 import torch
-from vqfast.kernels import gather, masked_conv, nearest, quantize
+from vqfast.kernels import ema, gather, masked_conv, quantize, residual
 def inputs(seen):
     found = set()
     for launch in seen:
         source, options = aot.source_of(*launch)
         found.add((launch[0].__name__, str(source.signature), str(source.constants), str(source.attrs)))
     return found
-def keys(n):
-    x, codes = torch.zeros(1, 1, 4096, 64)[:, :, :n], torch.zeros(1, 256, 64)
-    index = torch.zeros(1, 1, 4096, dtype=torch.int64)[..., :n]
+def keys(x, groups=1):
+    codes = torch.zeros(groups, 256, x.shape[-1])
+    index = torch.zeros(x.shape[:3], dtype=torch.int64)
     with aot.recorded(227 * 1024, 132) as seen:
-        nearest.nearest_triton(x, codes, 0), gather.gather_triton(codes, index)
+        gather.gather_triton(codes, index), ema.code_stats_triton(x, index, 256)
         quantize.quantize_triton(x, codes, None, 0, True)
+        residual.residual_triton(x, codes[None].repeat(3, 1, 1, 1), None, 0, True, False)
         return inputs(seen)
-expected = keys(512)
-for n in (1, 2, 15, 16, 17, 1000, 4096):
-    assert keys(n) == expected, (n, keys(n) ^ expected)
+def same(make, *sizes):
+    expected = keys(make(*sizes[0]))
+    for size in sizes[1:]:
+        found = keys(make(*size))
+        assert found == expected, (size, found ^ expected)
+for dim in (1, 33, 64):  # strides that are multiples of 16 for some sizes only, and always
+    same(lambda b, n: torch.zeros(b, 1, n, dim), (1, 512), (1, 1), (1, 2), (1, 15), (1, 16), (1, 17), (3, 1000), (1, 4096))
+same(lambda b, h, w: torch.zeros(b, 64, h, w).flatten(2).mT[:, None], (2, 8, 8), (1, 7, 7), (3, 5, 9), (1, 16, 1), (2, 32, 32))
+grouped = lambda n: keys(torch.zeros(2, n, 4, 32).transpose(1, 2), 4)
+assert grouped(100) == grouped(1) == grouped(64)
 
 def map_keys(batch, height, width):
     x, weight = torch.zeros(batch, 48, height, width), torch.zeros(80, 48, 5, 5)
@@ -138,7 +156,8 @@ for size in ((1, 1, 1), (3, 5, 7), (16, 1, 16), (1, 16, 1), (2, 32, 32), (5, 17,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["nearest/D64", "gather/fp32", "code_stats/D128", "ema_update", "masked_conv/", "gate/", "quantize/D64"])
+@pytest.mark.parametrize("launch", ["nearest/D64", "nearest/principal/D128", "gather/fp32", "code_stats/D128", "ema_update", "masked_conv/", "gate/",
+                                    "quantize/D64", "residual"])  # fmt: skip
 def test_amd_targets_compile(launch):
     """gfx942 (MI300): the compiler takes every kernel. Nothing more is known about AMD."""
     compiled(f"""

@@ -170,7 +170,7 @@ def test_the_bound_lies_below_every_score_and_is_tight(metric, basis):
         found = module.measured(found.basis * 1.012)
     half = torch.empty(1, 128, 64, dtype=torch.float16, device=DEVICE)
     width = torch.empty(1, 128, device=DEVICE)
-    step = dict(COLUMNS=64, BLOCK=64, STEP=32)
+    step = {"COLUMNS": 64, **nearest._tuning.REDUCE}
     module._reduce_codes_kernel[(2, 1)](
         codes.single, codes.width_single, *found[:2], half, width, 128, 256, 200, nearest.accumulation_error(64), **step
     )
@@ -179,7 +179,7 @@ def test_the_bound_lies_below_every_score_and_is_tight(metric, basis):
     ready = torch.tensor([60], dtype=torch.int32, device=DEVICE)
     module._reduce_rows_kernel[(1, 1)](
         x, *x.stride(), 60, 200, 0, 60, rows, ready, codes.centre, codes.unit, *found, rows, bound_width, scale, factor,
-        nearest.accumulation_error(64), METRIC=code, CHOSEN=False, **step,
+        nearest.accumulation_error(64), METRIC=code, CHOSEN=False, ALIGN=1, **step,
     )  # fmt: skip
     prepared, c = x[0, 0].double(), codebook[0].double()
     mu, unit = codes.centre.double(), codes.unit.double()
