@@ -5,16 +5,18 @@
     python bench/gpu_check.py --fresh             forget what is in the result file
     python bench/gpu_check.py --list
 
-Every section is written to the result file, docs/results/gpu_<device>_<date>.json, when it ends, and a rerun at the same commit continues
-with the missing ones; the plots are drawn from the file, as .svg beside it. A speed section first checks its results and prints no number
-when they are wrong. Without a GPU the same code runs on the CPU with small shapes, Triton in its interpreter, and says so in the file: that
-proves the script, not a kernel.
+A CUDA library that is missing is built first, for the GPU at hand. Every section is written to the result file,
+docs/results/gpu_<device>_<date>.json, when it ends, and a rerun at the same commit continues with the missing ones; a file of another commit
+is set aside under a name with that commit. The plots are drawn from the file, as .svg beside it. A speed section first checks its results and
+prints no number when they are wrong. Without a GPU the same code runs on the CPU with small shapes, Triton in its interpreter, and says so in
+the file: that proves the script, not a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -31,6 +33,30 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+
+
+def build_library(on_gpu: bool) -> str:
+    """The CUDA library in words; built for this GPU where it is missing. Comes before vqfast, which loads it when it is imported."""
+    found = importlib.util.find_spec("vqfast")
+    library = Path(found.origin).with_name("_C_cuda.so")
+    if library.exists():
+        return "found"
+    if not on_gpu or library.parent != ROOT / "vqfast":
+        return "none" if not on_gpu else f"none in {library.parent}, which is not this checkout"
+    major, minor = torch.cuda.get_device_capability()
+    environment = {**os.environ, "VQFAST_BUILD": "cuda", "VQFAST_CUDA_ARCHS": f"{major}{minor}" + "a" * (major == 9)}
+    started = time.monotonic()
+    words = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        return "not built within 240 s; build it beforehand (VQFAST_BUILD=cuda pip install --no-build-isolation -e .)"
+    if done.returncode:
+        return f"not built: {(done.stderr or done.stdout).strip()[-500:]}"
+    return f"built in {time.monotonic() - started:.0f} s"
+
+
+CUDA_LIBRARY = "none" if "--list" in sys.argv else build_library(ON_GPU)
 
 from gpu import checks, convolutions, plots, speed  # noqa: E402
 
@@ -69,6 +95,7 @@ def facts() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "cuda_library": CUDA_LIBRARY,
     }
     for module in ("triton", "numpy", "vqfast"):
         try:
@@ -91,12 +118,17 @@ def default_path(about: dict) -> Path:
 
 
 def load(path: Path, about: dict, fresh: bool) -> dict:
-    """The result file to go on with; a new one when the old was written at another commit or on another device."""
+    """The result file to go on with; a new one when the old was written at another commit or on another device, which then keeps its numbers
+    under a name of its own: two commits are often measured on one day."""
     if path.exists() and not fresh:
         result = json.loads(path.read_text())
         same = all(result["facts"].get(key) == about[key] for key in ("device", "commit", "torch", "triton"))
         if same:
             return result
+        label = f"{result['facts'].get('commit', 'unknown')[:8]}_{result['date']}".replace(":", "")
+        aside = path.with_name(f"{path.stem}_{label}{path.suffix}")
+        path.replace(aside)
+        print(f"{path.name} is of another commit, device or version: kept as {aside.name}")
     return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "facts": about, "sections": {}}
 
 
@@ -141,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not about["on_gpu"]:
         print("No GPU: this proves that the script runs. Its times are those of an interpreter and mean nothing.")
     print(f"{about['device']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit'][:12]} -> {path}")
+    print(f"CUDA library: {about['cuda_library']}")
     stop = time.monotonic() + options.limit
     for name in options.sections:
         if result["sections"].get(name, {}).get("state") in ("passed", "skipped"):

@@ -64,19 +64,22 @@ def suite(on_gpu: bool, deadline: float) -> dict:
     folder = ROOT / "tests" / "ops"
     if on_gpu:
         kernels = [str(path) for path in (ROOT / "tests" / "kernels").glob("test_interpreted*.py")]
-        words = [str(folder), *kernels, "-k", "triton or cuda or kernels"]
+        words = [str(folder), str(ROOT / "tests" / "cuda" / "test_gpu.py"), *kernels, "-k", "triton or cuda or kernels"]
     else:
-        words = [str(folder / "test_gather.py"), "-k", "triton and (copies or zeros)"]
+        words = [str(folder / "test_gather.py"), "-k", "triton and (test_groups or test_every_hole)"]
     limit = max(30.0, min(240.0, deadline - time.monotonic()))
     start = [sys.executable, "-m", "pytest", "-q", "-x" if not on_gpu else "--maxfail=20", "-p", "no:cacheprovider", "--tb=line"]
     try:
-        done = subprocess.run([*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        # Without a GPU the tests would run one in sixteen of these, for their time.
+        environment = {**os.environ, "VQFAST_TEST_INTERPRETER": "1"}
+        done = subprocess.run([*start, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:
         tail = (error.stdout or b"").decode(errors="replace")[-500:]
         return {"state": "failed", "why": f"not finished after {limit:.0f} s", "tail": tail}
     summary = (done.stdout.strip().splitlines() or [""])[-1]
     failures = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.M)[:20]
-    return {"state": "passed" if done.returncode in (0, 5) else "failed", "summary": summary, "failures": failures}
+    some_passed = re.search(r"\b\d+ passed", summary)  # a suite that skipped everything shows nothing
+    return {"state": "passed" if done.returncode == 0 and some_passed else "failed", "summary": summary, "failures": failures}
 
 
 def graphs(on_gpu: bool, deadline: float) -> dict:
@@ -154,12 +157,16 @@ def beyond_32_bits(on_gpu: bool, deadline: float) -> dict:
         want = torch.arange(32) + len(big) - 64
         rows.append({"backend": name, "what": "K D > 2^31", "wrong": int((got != want).sum())})
         del big
+        many = cases.normal(2**19, 32, seed=3)
+        codes = cases.normal(8192, 32, seed=4)
+        got = vqfast.nearest(many.cuda(), codes.cuda(), backend=name).indices[-4096:].cpu()
+        rows.append({"backend": name, "what": "N K > 2^31", "wrong": int((got != oracle.nearest(many[-4096:], codes).indices).sum())})
         torch.cuda.empty_cache()
     return {"state": "failed" if any(row["wrong"] for row in rows) else "passed", "rows": rows}
 
 
 def determinism(on_gpu: bool, deadline: float) -> dict:
-    """The same bits from twenty runs of a training step, and of its gradient, with half of the rows on one code."""
+    """The same bits from twenty runs of a training step, of its gradient and of gather's, with half of the rows on one code."""
     names = backends(on_gpu, "quantize")
     if not names:
         return skipped("neither Triton nor the CUDA library can run here")
@@ -174,7 +181,9 @@ def determinism(on_gpu: bool, deadline: float) -> dict:
             step = vqfast.vector_quantize(leaf, codes, backend=name)
             (step.loss + step.quantized.square().sum()).backward()
             stats = vqfast.code_stats(x, step.indices, k, backend=name)
-            results = [t.clone() for t in (step.indices, step.quantized, step.loss, leaf.grad, codes.grad, *stats)]
+            table = codebook.clone().requires_grad_()
+            (vqfast.gather(table, step.indices, backend=name) * x).sum().backward()
+            results = [t.clone() for t in (step.indices, step.quantized, step.loss, leaf.grad, codes.grad, table.grad, *stats)]
             first = first or results
             different += not all(torch.equal(a, b) for a, b in zip(results, first))
         rows.append({"backend": name, "runs": runs, "rows": n, "different": different})

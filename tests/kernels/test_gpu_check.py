@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +14,25 @@ import torch
 from vqfast import _backends
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.py"
-SECTIONS = ("graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "masked_conv",
+SECTIONS = ("suite", "graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "masked_conv",
             "microbenchmarks", "sanitizer")  # fmt: skip
 
 
-def run(*words):
+# The script, as if at a commit of the test's choice: one made by somebody else between two runs would be another result file.
+AT_COMMIT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import gpu_check
+facts = gpu_check.facts
+gpu_check.facts = lambda: {**facts(), "commit": sys.argv[2]}
+sys.exit(gpu_check.main(sys.argv[3:]))
+"""
+
+
+def run(*words, commit="0123456789abcdef"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-W", "ignore", str(SCRIPT), *words], capture_output=True, text=True, timeout=280,
-                          env=environment)  # fmt: skip
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", AT_COMMIT, str(SCRIPT.parent), commit, *words], capture_output=True, text=True,
+                          timeout=280, env=environment)  # fmt: skip
 
 
 def test_sections_are_listed_most_important_first():
@@ -45,13 +57,48 @@ def test_it_runs_without_a_gpu_and_continues(tmp_path):
     result = json.loads(out.read_text())
     assert set(result["sections"]) == set(SECTIONS) and result["facts"]["on_gpu"] is False
     assert {name for name, section in result["sections"].items() if section["state"] == "passed"} == {
-        "statistics", "training_step", "certificates", "masked_conv"
+        "suite", "statistics", "training_step", "certificates", "masked_conv"
     }  # fmt: skip
     assert "mean nothing" in second.stdout
+    assert " passed" in result["sections"]["suite"]["summary"]
     assert all(row["wrong"] == "" for row in result["sections"]["masked_conv"]["rows"])
     if importlib.util.find_spec("matplotlib"):
         drawing = out.with_suffix(".svg").read_text()
         assert drawing.startswith("<?xml") and "they mean nothing" in drawing
+
+
+def test_results_of_another_commit_are_kept_and_not_continued(tmp_path):
+    out = tmp_path / "result.json"
+    first, second = (run("--out", str(out), "--sections", "graphs", commit=name * 40) for name in "ab")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "in the file already" not in second.stdout and "kept as" in second.stdout
+    (aside,) = set(tmp_path.glob("*.json")) - {out}
+    assert aside.name.startswith("result_aaaaaaaa_")
+    assert [json.loads(path.read_text())["facts"]["commit"][0] for path in (aside, out)] == ["a", "b"]
+
+
+def test_a_missing_library_is_built_for_the_gpu_at_hand(tmp_path, monkeypatch):
+    """With a GPU and no vqfast/_C_cuda.so the script builds it, for that GPU alone; where it cannot, the result says why."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_check
+
+    calls = []
+
+    def failed(words, **keywords):
+        calls.append((words[1:], keywords["env"]["VQFAST_BUILD"], keywords["env"]["VQFAST_CUDA_ARCHS"]))
+        return subprocess.CompletedProcess(words, 1, "", "no nvcc")
+
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_check.subprocess, "run", failed)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (tmp_path / "vqfast").mkdir()
+    package = SimpleNamespace(origin=str(tmp_path / "vqfast" / "__init__.py"))
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: package)
+    assert gpu_check.build_library(False) == "none" and not calls
+    assert gpu_check.build_library(True) == "not built: no nvcc"
+    assert calls == [(["setup.py", "-q", "build_ext", "--inplace"], "cuda", "90a")]
+    (tmp_path / "vqfast" / "_C_cuda.so").touch()
+    assert gpu_check.build_library(True) == "found" and len(calls) == 1
 
 
 def test_plots_show_every_number(tmp_path, monkeypatch):
