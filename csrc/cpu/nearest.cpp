@@ -11,7 +11,9 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kBlockBytes = 24 << 10;  // tiles of rows that share one pass over the panels: half of a first-level cache
+// Tiles of rows that share one pass over the panels, which may come from memory: a quarter of a second-level cache. Less would be read
+// from the first level, but wide codebooks too often.
+constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
