@@ -251,7 +251,8 @@ class ResidualVQ(Residual):
         else:
             quantized, found, losses, inputs = self._greedy(inner, levels, call)
         self._learn_shared(inputs, mask, freeze_codebook)
-        found, losses = self._stacked(found), self._stacked(losses, 0)
+        found = self._stacked(found)
+        losses = losses if isinstance(losses, Tensor) else self._stacked(losses, 0)
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
         result = (self._output(x, inner, original, quantized, mask), found, losses)
         return (*result, self.get_codes_from_indices(found)) if return_all_codes else result
@@ -290,14 +291,16 @@ class ResidualVQ(Residual):
         ready = plain and not any(book._may_need_init for book in books)
         return ready and not (torch.is_grad_enabled() and any(book.embed.requires_grad for book in books))
 
-    def _fused(self, inner: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    def _fused(self, inner: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+        # Losses as one tensor: Inductor cannot stack constants.
         codebooks = torch.stack([layer._codebook.codes() for layer in self.layers])  # [Q, 1, K, D]
         rows = _layout.rows_of(inner.detach(), 1, False)
         valid = None if mask is None else mask.reshape(rows.shape[0], rows.shape[2])
         step = residual.step(rows, codebooks, valid)
         leading = inner.shape[:-1]
         found = [own.reshape(leading) for own in step.indices]
-        return step.quantized.reshape(inner.shape), found, [self.layers[0].zero] * len(found), []
+        losses = torch.zeros(len(found), dtype=self.layers[0].zero.dtype, device=inner.device)
+        return step.quantized.reshape(inner.shape), found, losses, []
 
     def _cross_entropy(self, x: Tensor, inner: Tensor, original: Tensor, indices, call: dict) -> tuple[Tensor, Tensor]:
         indices = torch.stack(indices) if isinstance(indices, list) else indices
