@@ -14,7 +14,6 @@ from vqfast.ops.ema import code_stats
 
 # Rows read at a time. Sums are rounded once a piece, so this is part of the result's definition and never tuned by machine.
 _PIECE = 1 << 17
-_LOOK = 1 << 14  # rows whose values are looked at together: isfinite copies them, and an allocator keeps large copies
 _RUN = 32  # consecutive rows that a mini-batch takes together: some KiB of a file, where single rows would each cost a page
 _SAMPLE = 64  # rows per code among which k-means++ draws
 _REFUSALS = 32  # draws in a row that k-means++ may refuse before it looks at all distances again
@@ -120,7 +119,7 @@ class _Rows:
         self.source, self.backend = source, backend
         self.wide = torch.float64 if source.dtype == torch.float64 else torch.float32
         total = source.shape[0]
-        finite = [source[begin : begin + _LOOK].isfinite().all(-1) for begin in range(0, total, _LOOK)]
+        finite = [_finite(source[begin : begin + _PIECE]) for begin in range(0, total, _PIECE)]
         finite = torch.cat(finite) if finite else torch.empty(0, dtype=torch.bool)
         self.count = int(finite.sum())
         # Positions of the finite rows; None when these are all.
@@ -159,6 +158,12 @@ class _Rows:
             del rows  # before the next piece is read: one is in memory at a time
         indices, distance = (torch.cat(parts) for parts in zip(*found, strict=True))
         return _Assigned(sums, counts, indices, distance)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows hold no NaN and no infinity; unlike isfinite, without a copy of the rows."""
+    low, high = rows.aminmax(dim=-1)
+    return (low > -torch.inf) & (high < torch.inf)
 
 
 def _lloyd(rows: _Rows, codebook: Tensor, iterations: int) -> tuple[Tensor, Tensor | None]:
