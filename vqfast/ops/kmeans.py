@@ -195,7 +195,8 @@ def _mini_batch(rows: _Rows, codebook: Tensor, passes: int, batch_rows: int, gen
             weight += counts[:, None]
             step = (sums.to(torch.float64) - counts[:, None] * codebook) / weight.clamp(min=1)
             codebook = (codebook + step).to(codebook.dtype)
-        codebook = _reseed(codebook, seen == 0, distance, batch.__getitem__)
+            del batch  # before the next one is read: one is in memory at a time
+        codebook = _reseed(codebook, seen == 0, distance, lambda far, last=at: rows.take(last[far.to(last.device)]))
     return codebook
 
 
