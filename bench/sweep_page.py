@@ -114,6 +114,8 @@ def counts(result: dict) -> str:
         c = entry["counts"]
         if c["road"] == "dense":
             shown = ["all", "", "all", ""]
+        elif c["road"] == "bytes":
+            shown = ["all", "", "all, in bytes", number(c["candidates"])]
         else:
             visited = c["panels"] / max(1, c["panels of the codebook"])
             shown = [number(c["panels"]), f"{100 * visited:.2f} %", number(c["evaluations"]), number(c["candidates"])]

@@ -240,25 +240,26 @@ StepTensors quantize_cpu(Tensor x, Tensor codebook, Optional mask, int64_t metri
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_cpu(Tensor x, Tensor codebooks, Optional mask,
-                                                                                int64_t metric, bool with_sums, bool with_rows) {
+                                                                                int64_t metric, bool with_sums, bool with_pull) {
   const View rows = view_of(x, 4, "x"), codes = view_of(codebooks, 4, "codebooks");
   check_pair(rows, codes);
   const int64_t b = rows.size[0], g = rows.size[1], n = rows.size[2], d = rows.size[3], q = codes.size[0], k = codes.size[2];
   Tensor quantized = torch::stable::new_empty(x, {b, g, n, d});
-  Tensor sq_error = torch::stable::new_empty(x, {q, 2}, ScalarType::Double);
+  Tensor sq_error = torch::stable::new_empty(x, {2}, ScalarType::Double);
   Tensor indices = torch::stable::new_empty(x, {q, b, g, n}, ScalarType::Long);
   Tensor sums = with_sums ? torch::stable::new_empty(x, {q, g, k, d}, ScalarType::Float)
                           : torch::stable::new_empty(x, {0}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(x, {q, g, k}, ScalarType::Long);
   Tensor nonfinite = torch::stable::new_empty(x, {}, ScalarType::Long);
-  Tensor chosen = with_rows ? torch::stable::new_empty(codebooks, {q, b, g, n, d}) : torch::stable::new_empty(codebooks, {0});
+  Tensor pull = with_pull ? torch::stable::new_empty(x, {b, g, n, d}, ScalarType::Float)
+                          : torch::stable::new_empty(x, {0}, ScalarType::Float);
   Optional held;
   vqfast::residual(rows, codes, mask_data(mask, rows, held), metric_of(metric),
                    {quantized.mutable_data_ptr(), mutable_data<double>(sq_error), mutable_data<int64_t>(indices),
                     with_sums ? mutable_data<float>(sums) : nullptr, mutable_data<int64_t>(counts),
                     mutable_data<int64_t>(nonfinite)},
-                   with_rows ? chosen.mutable_data_ptr() : nullptr, pool());
-  return {quantized, sq_error, indices, sums, counts, nonfinite, chosen};
+                   with_pull ? mutable_data<float>(pull) : nullptr, pool());
+  return {quantized, sq_error, indices, sums, counts, nonfinite, pull};
 }
 
 }  // namespace

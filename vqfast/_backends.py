@@ -73,14 +73,14 @@ def cpu_level() -> str | None:
     return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]
 
 
-ROADS = ("auto", "dense", "panels", "few")
+ROADS = ("auto", "dense", "panels", "few", "bytes")
 
 
 class SearchCounts(NamedTuple):
     """What the native CPU search did, from `search_counts`. Counts are sums over the rows.
 
-    road: "dense" or "panels", the one that was taken. panels_of_codebook: panels of 32 codes that the codebook was cut into.
-    groups, panels: visited (0 on the dense road, which visits all). evaluations: codes compared in all coordinates.
+    road: "dense", "bytes" (dense, in bytes first), "panels" or "few", the one that was taken. panels_of_codebook: panels of 32 codes that the codebook was cut into.
+    groups, panels: visited (0 on the dense roads, which visits all). evaluations: codes compared in all coordinates.
     candidates: codes settled by the contract's formula. searched: distinct codes of the plans; always: codes beside them that every
     row tries by the formula.
     """
@@ -104,7 +104,7 @@ def search_counts(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", r
     Args:
         x: [N, D] float32, contiguous. codebook: [K, D] likewise.
         metric: "l2", "cosine" or "dot".
-        road: "auto" as `nearest` would choose, or the one to take ("panels" falls back to dense where there are no panels).
+        road: "auto" as `nearest` would choose, or the one to take ("panels" and "bytes" fall back to dense where there are none).
 
     Raises:
         RuntimeError: there are no native kernels. ValueError: a tensor is not as said above.

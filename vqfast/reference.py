@@ -225,22 +225,26 @@ def quantize(
 
 
 def residual(
-    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool, with_rows: bool
+    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool, with_pull: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Q quantizers in a row, each on what the ones before left over; see vqfast.ops.residual for the outputs."""
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     rest = x.to(work)
+    pull = torch.zeros_like(rest)
     levels = []
     for codebook in codebooks:
         level = quantize(rest, codebook, mask, metric, with_sums)
         rest = rest - level[0].to(work)
+        counts = (level[2] >= 0)[..., None] & ~rest[..., :1].isnan()  # rows that are not finite have no code
+        pull = pull + torch.where(counts, rest, 0)
         levels.append(level)
     quantized = levels[0][0]
     for level in levels[1:]:
         quantized = quantized + level[0]
     columns = list(zip(*levels, strict=True))
-    sq_error, indices, sums, counts = (torch.stack(column) for column in columns[1:5])
+    sq_error = torch.stack(columns[1]).sum(0)
+    indices, sums, counts = (torch.stack(column) for column in columns[2:5])
     if not with_sums:
         sums = sums.flatten()
-    rows = torch.stack([gather(c, i) for c, i in zip(codebooks, indices, strict=True)]) if with_rows else codebooks.new_empty(0)
-    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0], rows
+    pull = pull.contiguous() if with_pull else pull.new_empty(0)
+    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0], pull

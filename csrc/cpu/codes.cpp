@@ -11,6 +11,7 @@ namespace {
 // Rounding unit of float32.
 constexpr double kUnitRoundoff = 0x1p-24;
 constexpr int64_t kSample = 256;
+constexpr double kUp = 1 + 0x1p-20;  // more than some roundings to float32 take away
 
 // Evenly spaced sample of a list.
 template <class T>
@@ -233,6 +234,65 @@ DenseBuild::DenseBuild(const Codes& codes, double row_square, const Parallel& pa
     }
   });
   plan = {values, start, slack, id.data(), panels, dim};
+}
+
+ByteBuild::ByteBuild(const Codes& codes, const Parallel& parallel) {
+  const std::vector<int32_t>& searched = codes.searched();
+  const int64_t k = (int64_t)searched.size(), dim = codes.work().dim, panels = (k + kPanel - 1) / kPanel, quads = (dim + 3) / 4;
+  const float* centre = codes.centre().data();
+  storage_ = aligned_ints(panels * kPanel * quads);
+  floats_ = aligned_floats(panels * kPanel * 4);
+  float *start = floats_.get(), *unit = start + panels * kPanel, *length = unit + panels * kPanel, *error = length + panels * kPanel;
+  std::fill(floats_.get(), floats_.get() + panels * kPanel * 4, 0.0f);
+  id_.assign(panels * kPanel, 0);
+  std::vector<double> most(panels, 0.0);
+  parallel(panels, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> v(dim);
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* panel = reinterpret_cast<uint8_t*>(storage_.get() + p * quads * kPanel);
+      std::fill(panel, panel + 4 * quads * kPanel, (uint8_t)128);
+      for (int64_t at = p * kPanel; at < (p + 1) * kPanel; ++at) {
+        start[at] = INFINITY;
+        if (at >= k) continue;
+        const float* row = codes.work().row(searched[at]);
+        float size = 0;
+        double square = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          v[d] = (float)((double)row[d] - (double)centre[d]);
+          size = std::max(size, fabsf(v[d]));
+          square += (double)v[d] * v[d];
+        }
+        id_[at] = searched[at];
+        if (!(square < kFarSquare)) continue;
+        const float step = size > 1e-30f ? size / 127.0f : 0.0f, per_step = step > 0 ? 127.0f / size : 0.0f;
+        double off = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const int steps = (int)(v[d] * per_step + 128.5f) - 128;  // |v| <= size, so within -127..127
+          const double left = (double)v[d] - (double)steps * step;
+          off += left * left;
+          panel[(d / 4 * kPanel + at % kPanel) * 4 + d % 4] = (uint8_t)(128 + steps);
+        }
+        most[p] = std::max(most[p], square);
+        start[at] = (float)(0.5 * square);
+        unit[at] = step;
+        length[at] = (float)(sqrt(square) * kUp);
+        error[at] = (float)((sqrt(off) + 2 * kUnitRoundoff * sqrt(square)) * kUp);
+      }
+    }
+  });
+  largest = sqrt(*std::max_element(most.begin(), most.end()));
+  // What float32 rounds grows with the largest code and is allowed to every row.
+  worth_it = k > 1 && largest * largest < 0x1p12 * codes.typical_square();
+  plan = {storage_.get(), start, unit, length, error, id_.data(), panels, quads};
+}
+
+// x.c = (x^ + e).(c^ + f) = x^.c^ + e.c + x^.f, where x^ and c^ are the steps: the score of a code misses |e| |c| + |x^| |f| at most, which
+// the kernel allows pair by pair, and what is rounded in float32, which is allowed to the row. Returns that.
+double in_steps(const ByteBuild& build, ByteRow* row) {
+  const double length = sqrt(row->length * 1.01), error = sqrt((double)row->error * 1.01) + 2 * kUnitRoundoff * length;
+  row->error = (float)(error * kUp);
+  row->length = (float)((length + error) * kUp);
+  return 8 * kUnitRoundoff * build.largest * (build.largest + length + error);
 }
 
 }  // namespace vqfast

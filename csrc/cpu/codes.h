@@ -100,6 +100,22 @@ struct DenseBuild {
   std::vector<int32_t> id;
 };
 
+// The same in bytes, each code in steps of its own.
+struct ByteBuild {
+  ByteBuild(const Codes&, const Parallel&);
+  BytePlan plan = {};
+  double largest = 0;           // |c| at most
+  bool worth_it = false;        // false: the codes differ too much in size, or there is only one; nothing else was built
+
+ private:
+  AlignedInts storage_;
+  AlignedFloats floats_;
+  std::vector<int32_t> id_;
+};
+
+// Completes a row that to_bytes left; returns what its scores may be off by beside its and the codes' errors.
+double in_steps(const ByteBuild&, ByteRow*);
+
 // Principal coordinates in k-d ordered panels with boxes.
 struct PanelBuild {
   PanelBuild(const Codes&, const Hints&, const Parallel&);

@@ -103,6 +103,17 @@ inline I add_dots(I total, I a, I b) {  // of the pairs
   return _mm512_add_epi32(total, _mm512_madd_epi16(a, b));
 #endif
 }
+#if defined(__AVX512VNNI__)
+inline void add_byte_dots(I& total, I a, I b) {  // a without sign, b with
+  // As an intrinsic, GCC 12 copies each accumulator around and spills half of them.
+  asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+}
+inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
+inline I to_steps(V a) { return _mm512_cvtps_epi32(a); }
+inline void store_bytes(int32_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+inline int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
+#endif
 inline uint32_t at_most(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
 inline uint32_t iequal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline int32_t ismallest(I a) { return _mm512_reduce_min_epi32(a); }

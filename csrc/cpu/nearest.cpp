@@ -17,6 +17,9 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
+// Under which part of the dense road's cost panels are taken: where bytes would do as well, and where only floats would.
+constexpr double kPanelsBeatBytes = 0.3, kPanelsBeatDense = 0.8;
+
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
     if (row[d] != 0.0f) return false;
@@ -60,13 +63,25 @@ double distance_of(const ExactCodes& codes, const float* exact, double score) {
 NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
-  if (road != Road::kDense && (road == Road::kPanels || panels_pay(rows, hints))) {
-    if (!panels_) panels_.reset(new PanelBuild(codes, hints, parallel));
-    if (panels_->worth_it) {
-      report_.road = Road::kPanels;
-      report_.panels_count = panels_->plan.panels_count;
+  const bool free = road == Road::kAuto;
+  double panels = free ? panels_cost(rows, hints) : INFINITY;
+  if (road == Road::kPanels) {
+    panels_.reset(new PanelBuild(codes, hints, parallel));
+    panels = panels_->worth_it ? 0 : INFINITY;
+  }
+  if (!(panels < kPanelsBeatBytes) && (road == Road::kBytes || (free && bytes_pay(rows)))) {
+    panels_.reset();
+    if (!bytes_ && kernels().bytes && codes.work().dim <= kMaxPanelDim) bytes_.reset(new ByteBuild(codes, parallel));
+    if (bytes_ && bytes_->worth_it) {
+      report_.road = Road::kBytes;
       return;
     }
+  }
+  bytes_.reset();
+  if (panels < kPanelsBeatDense) {
+    report_.road = Road::kPanels;
+    report_.panels_count = panels_->plan.panels_count;
+    return;
   }
   panels_.reset();
   double square = 0;
@@ -82,12 +97,13 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
 
 NearestSearch::~NearestSearch() = default;
 
-// Decides from the size and from counts on a few rows, never from a clock: the same data takes the same road everywhere.
-bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
+// What the pruned road would cost, as a part of the dense one in floats; +inf where it has no panels. From the size and from counts on a
+// few rows, never from a clock: the same data takes the same road everywhere.
+double NearestSearch::panels_cost(const Rows& rows, const Hints& hints) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
-  if (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24) return false;
+  if (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24) return INFINITY;
   panels_.reset(new PanelBuild(codes_, hints, parallel_));
-  if (!panels_->worth_it) return false;
+  if (!panels_->worth_it) return INFINITY;
   // A pilot: rows evenly spaced, one by one.
   const int64_t n = std::min(rows.count, kPilotRows);
   std::vector<float> work(codes_.work().dim);
@@ -107,7 +123,7 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
     int64_t index;
     kernels().panels(plan, codes_.exact(), exact, 0, work.data(), 0, &query, &zero, &first, nullptr, 1, &score, &index, &counts);
   }
-  if (counts.rows == 0) return false;
+  if (counts.rows == 0) return INFINITY;
   // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
   // vectors of codes per pair of coordinates.
   const double vectors = kPanel / 16.0;
@@ -115,7 +131,28 @@ bool NearestSearch::panels_pay(const Rows& rows, const Hints& hints) {
   const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
   const double dense = (double)counts.rows * k * dim / 16.0;
-  return pruned < 0.8 * dense;
+  return pruned / dense;
+}
+
+// Whether bytes leave few enough codes to settle: tried on evenly spaced rows.
+bool NearestSearch::bytes_pay(const Rows& rows) {
+  const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
+  if (!kernels().bytes || k < 128 || rows.count < 256 || dim < 16 || dim > kMaxPanelDim) return false;
+  bytes_.reset(new ByteBuild(codes_, parallel_));
+  if (!bytes_->worth_it) return false;
+  const int64_t n = std::min(rows.count, kPilotRows);
+  Rows some;
+  some.data = rows.data;
+  some.ld = rows.ld * (rows.count / n);
+  some.count = n;
+  some.dim = rows.dim;
+  std::vector<double> score(n);
+  std::vector<int64_t> index(n);
+  run_dense(some, score.data(), index.data());
+  const double settled = (double)report_.counts.candidates / n;
+  report_.counts = {};
+  // Vector operations per row: of 16 products in floats, of 64 in bytes; a term of a settled code waits for the one before.
+  return settled * (2.0 * dim + 24) < 0.5 * (1.0 / 16 - 1.0 / 64) * k * dim;
 }
 
 void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
@@ -157,62 +194,99 @@ void NearestSearch::brute_force(const float* exact, double* score, int64_t* inde
   *index = row.index;
 }
 
+// Rows of a block, centred and laid out for the dense kernels: floats, or bytes with what scales them.
+struct NearestSearch::Tiles {
+  Tiles(int64_t count, int64_t dim, bool bytes)
+      : floats(new float[bytes ? 1 : count * dim]()),
+        words(new int32_t[bytes ? count * ((dim + 3) / 4) : 1]()),
+        scratch(new float[bytes ? kernels().rows_per_tile * kByteScores : 1]),
+        rows(new Row[count]),
+        steps(count),
+        limits(count),
+        work(dim) {}
+  std::unique_ptr<float[]> floats;
+  std::unique_ptr<int32_t[]> words;
+  std::unique_ptr<float[]> scratch;
+  std::unique_ptr<Row[]> rows;
+  std::vector<ByteRow> steps;
+  std::vector<float> limits, work;
+};
+
+// Row `exact` becomes number `at` of the block; null pads the last tile. Padding, rows that are not finite and wild rows collect nothing.
+void NearestSearch::fill(const float* exact, int64_t at, Tiles* tiles) const {
+  const Kernels& k = kernels();
+  const int64_t dim = codes_.work().dim, per_tile = k.rows_per_tile, words = (dim + 3) / 4;
+  Row* row = &tiles->rows[at];
+  float* work = tiles->work.data();
+  start_row(row, exact);
+  row->slack = 0;
+  tiles->limits[at] = -INFINITY;
+  double square = 0;
+  const float* from = rows_need_work(codes_) || !bytes_ ? work : exact;
+  bool takes_part = exact && (from == exact || work_row(codes_, exact, work));
+  double slack = 0;
+  if (bytes_) {
+    ByteRow* steps = &tiles->steps[at];
+    int32_t* to = tiles->words.get() + at / per_tile * per_tile * words + at % per_tile;
+    if (takes_part) *steps = k.to_bytes(from, codes_.centre().data(), dim, to, per_tile);
+    square = steps->length;
+    takes_part = takes_part && square < kWildSquare;
+    if (!takes_part) *steps = {};
+    slack = in_steps(*bytes_, steps);
+  } else {
+    for (int64_t d = 0; takes_part && d < dim; ++d) {
+      work[d] = (float)((double)work[d] - (double)codes_.centre()[d]);
+      square += (double)work[d] * work[d];
+    }
+    takes_part = takes_part && square < kWildSquare;
+    if (!takes_part) std::fill(tiles->work.begin(), tiles->work.end(), 0.0f);
+    float* to = tiles->floats.get() + at / per_tile * per_tile * dim + at % per_tile;
+    for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = work[d];
+    if (dense_) slack = dense_->error * dense_->balance * 0.5 * square * 1.01;
+  }
+  if (exact && !takes_part) settle_alone(exact, &row->best, &row->index);
+  if (!takes_part) return;
+  // The contract's own rounding in float64 decides between codes that are equally far in truth.
+  const double of_formula = (dim + 8) * 0x1p-52 * square;
+  const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
+  if (dense_ || bytes_) tiles->limits[at] = FLT_MAX, row->slack = (float)(slack + of_formula + unit_slack + 1e-30);
+  for (int32_t code : codes_.always()) {
+    row->candidate[row->count] = code;
+    row->score[row->count++] = -FLT_MAX;
+    if (row->count == kCandidates) k.settle(codes_.exact(), row, 1);
+  }
+}
+
 void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   const Kernels& k = kernels();
   const int64_t dim = codes_.work().dim, per_tile = k.rows_per_tile;
-  const int64_t tiles = (rows.count + per_tile - 1) / per_tile;
+  const int64_t tiles_count = (rows.count + per_tile - 1) / per_tile;
   const int64_t fitting = std::min<int64_t>(64, kBlockBytes / (dim * per_tile * (int64_t)sizeof(float)));
-  const int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(fitting, tiles / std::max(1, 2 * parallel_.threads)));
-  const int64_t blocks = (tiles + per_block - 1) / per_block;
-  const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
-  // The contract's own rounding in float64, which decides between codes that are equally far in truth.
-  const double of_formula = (dim + 8) * 0x1p-52;
+  const int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(fitting, tiles_count / std::max(1, 2 * parallel_.threads)));
+  const int64_t blocks = (tiles_count + per_block - 1) / per_block;
+  std::vector<int64_t> settled(blocks, 0);
   parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> tile(new float[per_block * per_tile * dim]());
-    std::unique_ptr<Row[]> state_of(new Row[per_block * per_tile]);
-    std::vector<float> work(dim), limits(per_block * per_tile);
+    Tiles tiles(per_block * per_tile, dim, bytes_ != nullptr);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
       const int64_t used = (last - first + per_tile - 1) / per_tile;
-      for (int64_t i = 0; i < used * per_tile; ++i) {
-        Row* row = &state_of[i];
-        const int64_t r = first + i;
-        start_row(row, r < last ? rows.row(r) : nullptr);
-        limits[i] = -INFINITY;  // padding, rows that are not finite and wild rows collect nothing here
-        row->slack = 0;
-        float* to = tile.get() + (i / per_tile) * dim * per_tile + i % per_tile;
-        if (r >= last) {
-          for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
-          continue;
-        }
-        const bool has_vector = work_row(codes_, row->exact, work.data());
-        double square = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-          const float v = (float)((double)work[d] - (double)codes_.centre()[d]);
-          to[d * per_tile] = v;
-          square += (double)v * v;
-        }
-        if (!(square < kWildSquare) || !has_vector) {
-          for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = 0.0f;
-          settle_alone(row->exact, &row->best, &row->index);
-          continue;
-        }
-        limits[i] = dense_ ? FLT_MAX : -INFINITY;
-        row->slack = dense_ ? (float)(dense_->error * dense_->balance * 0.5 * square * 1.01 + of_formula * square + unit_slack + 1e-30) : 0.0f;
-        for (int32_t code : codes_.always()) {
-          row->candidate[row->count] = code;
-          row->score[row->count++] = -FLT_MAX;
-          if (row->count == kCandidates) k.settle(codes_.exact(), row, 1);
-        }
+      for (int64_t i = 0; i < used * per_tile; ++i) fill(first + i < last ? rows.row(first + i) : nullptr, i, &tiles);
+      if (bytes_) {
+        settled[block] = k.bytes(bytes_->plan, codes_.exact(), tiles.words.get(), tiles.steps.data(), used, tiles.limits.data(),
+                                 tiles.rows.get(), tiles.scratch.get());
+      } else if (dense_) {
+        k.dense(dense_->plan, codes_.exact(), tiles.floats.get(), used, tiles.limits.data(), tiles.rows.get());
+      } else {
+        k.settle(codes_.exact(), tiles.rows.get(), (int)(used * per_tile));
       }
-      if (dense_) k.dense(dense_->plan, codes_.exact(), tile.get(), used, limits.data(), state_of.get());
-      else k.settle(codes_.exact(), state_of.get(), (int)(used * per_tile));
       for (int64_t r = first; r < last; ++r) {
-        score[r] = state_of[r - first].best;
-        index[r] = state_of[r - first].index;
+        score[r] = tiles.rows[r - first].best;
+        index[r] = tiles.rows[r - first].index;
       }
     }
   });
+  for (int64_t n : settled) report_.counts.candidates += n;
+  report_.counts.rows += rows.count;
 }
 
 // What a thread keeps of the rows it searches together.

@@ -6,7 +6,7 @@
 
 namespace vqfast {
 
-enum class Road : int { kAuto = 0, kDense = 1, kPanels = 2, kFew = 3 };
+enum class Road : int { kAuto = 0, kDense = 1, kPanels = 2, kFew = 3, kBytes = 4 };
 
 struct SearchReport {
   Road road = Road::kDense;
@@ -26,9 +26,12 @@ class NearestSearch {
   const SearchReport& report() const { return report_; }
 
  private:
-  bool panels_pay(const Rows& rows, const Hints& hints);
+  double panels_cost(const Rows& rows, const Hints& hints);
+  bool bytes_pay(const Rows& rows);
   void run_dense(const Rows& rows, double* score, int64_t* index);
   void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
+  struct Tiles;
+  void fill(const float* exact, int64_t at, Tiles* tiles) const;
   struct Block;
   void describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const;
   void sort(int64_t count, Block* block) const;
@@ -39,6 +42,7 @@ class NearestSearch {
   const Codes& codes_;
   const Parallel& parallel_;
   std::unique_ptr<DenseBuild> dense_;
+  std::unique_ptr<ByteBuild> bytes_;
   std::unique_ptr<PanelBuild> panels_;
   SearchReport report_;
 };

@@ -110,7 +110,7 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
   out.sq_error[0] = out.sq_error[1] = error;
 }
 
-void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, void* chosen,
+void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, float* pull,
               const Parallel& parallel) {
   FloatMode mode;
   const int64_t levels = codebooks.size[0], groups = x.size[1], per_batch = x.size[2], count = x.size[0] * per_batch;
@@ -119,8 +119,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
   std::vector<int64_t> index(count), kept(count);
   std::unique_ptr<float[]> rest(new float[std::max<int64_t>(1, count * dim)]), total(new float[std::max<int64_t>(1, count * dim)]);
   const int64_t type_bytes = bytes_of(codebooks.type);
-  const std::vector<float> zeros(dim, 0.0f);
-  std::fill(out.sq_error, out.sq_error + 2 * levels, 0.0);
+  double error = 0;
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Rows given = rows_of_group(x, g, parallel);
@@ -138,35 +137,39 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       search_rows(codes, codebook.count, rows, Hints{}, parallel, Road::kAuto, score.data(), index.data(), nullptr);
       int64_t nonfinite = 0;
       int64_t* indices = out.indices + q * count * groups;
-      // The rest is rewritten in place, so the sums that need it as it was come first.
-      const bool keep_rest = q + 1 < levels;
-      const double error =
-          finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel,
-                      [&](int64_t i, bool masked, const float* code) {
-                        const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
-                        indices[at] = masked ? -1 : index[i];
-                        if (chosen) write_row(chosen, q * count * groups + at, codebooks.type, code ? code : zeros.data(), dim);
-                        float* sum = total.get() + i * dim;
-                        for (int64_t d = 0; d < dim; ++d) {
-                          const float value = masked ? 0.0f : code ? code[d] : NAN;
-                          sum[d] = q == 0 ? value : sum[d] + value;
-                        }
-                      });
+      error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel,
+                           [&](int64_t i, bool masked, const float* code) {
+                             const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
+                             indices[at] = masked ? -1 : index[i];
+                             float* sum = total.get() + i * dim;
+                             for (int64_t d = 0; d < dim; ++d) {
+                               const float value = masked ? 0.0f : code ? code[d] : NAN;
+                               sum[d] = q == 0 ? value : sum[d] + value;
+                             }
+                           });
       code_stats(rows, kept.data(), k, out.sums ? out.sums + (q * groups + g) * k * dim : nullptr,
                  out.counts + (q * groups + g) * k, parallel);
-      if (keep_rest) {
+      // The rest is rewritten in place, so this comes after the sums that need it as it was.
+      if (q + 1 < levels || pull) {
         parallel(count, 512, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            const bool masked = mask && !mask[i];
-            const float* row = rows.row(i);
-            const float* code = codes.codes + index[i] * codes.ld;
-            for (int64_t d = 0; d < dim; ++d)
-              rest[i * dim + d] = masked ? row[d] : kept[i] >= 0 ? row[d] - code[d] : NAN;
+            float* left = rest.get() + i * dim;
+            if (kept[i] >= 0) {
+              const float* row = rows.row(i);
+              const float* code = codes.codes + index[i] * codes.ld;
+              for (int64_t d = 0; d < dim; ++d) left[d] = row[d] - code[d];
+            } else {
+              std::fill(left, left + dim, mask && !mask[i] ? 0.0f : NAN);
+            }
+            if (!pull) continue;
+            float* sum = pull + ((i / per_batch * groups + g) * per_batch + i % per_batch) * dim;
+            for (int64_t d = 0; d < dim; ++d) {
+              const float value = kept[i] >= 0 ? left[d] : 0.0f;
+              sum[d] = q == 0 ? value : sum[d] + value;
+            }
           }
         });
       }
-      out.sq_error[2 * q] += error;
-      out.sq_error[2 * q + 1] = out.sq_error[2 * q];
       if (q == 0) *out.nonfinite += nonfinite;
     }
     parallel(count, 512, [&](int64_t begin, int64_t end) {
@@ -174,6 +177,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
         write_row(out.quantized, (i / per_batch * groups + g) * per_batch + i % per_batch, x.type, total.get() + i * dim, dim);
     });
   }
+  out.sq_error[0] = out.sq_error[1] = error;
 }
 
 }  // namespace vqfast

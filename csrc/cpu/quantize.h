@@ -17,9 +17,9 @@ struct StepOutputs {       // of one codebook; canonical layout, contiguous
 void quantize(const View& x, const View& codebook, const bool* mask, Metric metric, const Hints* hints, const StepOutputs& out,
               const Parallel& parallel);
 
-// codebooks [Q, G, K, D]; every output but quantized and nonfinite has a leading Q. rows [Q, B, G, N, D] in the codebooks' type, or
-// null: the codes that each level chose (0 where masked).
-void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, void* rows,
+// codebooks [Q, G, K, D]; indices, sums and counts have a leading Q, sq_error is that of all levels together. pull [B, G, N, D] or
+// null: the sum over levels of what each left over, 0 where a row does not count; with a factor, the gradient of the error into x.
+void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, float* pull,
               const Parallel& parallel);
 
 }  // namespace vqfast

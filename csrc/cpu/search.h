@@ -10,6 +10,7 @@ constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one 
 constexpr int kMaxBasis = 8;     // principal directions at most; one more coordinate holds the norm of the rest
 constexpr int kMaxPairs = (kMaxBasis + 2) / 2;  // coordinates two by two, the last one 0
 constexpr int kGrid = 7000;      // coordinates are integers of -kGrid..kGrid: 10 (2 kGrid)^2 < 2^31
+constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
 
@@ -53,6 +54,24 @@ struct DensePlan {
   const int32_t* id;       // [P, 32] original index
   int64_t panels_count;
   int64_t dim;
+};
+
+// All codes in panels, every coordinate rounded to a byte: the dense road of levels that multiply bytes.
+struct BytePlan {
+  const int32_t* panels;   // [P, quads, 32] four coordinates a word: centred codes in steps of their unit, plus 128
+  const float* start;      // [P, 32] |c|^2 / 2; +inf for padding
+  const float* unit;       // [P, 32] a step of a code
+  const float* length;     // [P, 32] |c|
+  const float* error;      // [P, 32] distance of the steps from the code
+  const int32_t* id;       // [P, 32] original index
+  int64_t panels_count;
+  int64_t quads;           // dim in fours, rounded up
+};
+
+struct ByteRow {           // a row in steps
+  float unit;
+  int32_t sum;             // of the steps
+  float length, error;     // |the steps|, and their distance from the row
 };
 
 // Codes in panels by a k-d order of their principal coordinates: the pruned road. Coordinates are integers in units of a grid, clamped
@@ -99,6 +118,12 @@ struct Kernels {
   // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile]; a score under a row's limit makes a
   // candidate, and lowers it.
   void (*dense)(const DensePlan&, const ExactCodes&, const float* tiles, int64_t tile_count, float* limits, Row* rows);
+  // The same with rows and codes in bytes; null at levels that do not multiply them. tiles is [tile][quads][rows_per_tile], steps one of
+  // each of its rows; scratch [rows_per_tile, kByteScores]. Returns candidates settled.
+  int64_t (*bytes)(const BytePlan&, const ExactCodes&, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
+                   Row* rows, float* scratch);
+  // row - centre in steps; word i, four of them, goes to out[i * stride]. length is |row - centre|^2, error squared too.
+  ByteRow (*to_bytes)(const float* row, const float* centre, int64_t dim, int32_t* out, int64_t stride);
   // Rows against the codes begin..end - 1, begin a multiple of kPanel; a row with limit -inf takes no part, the others hold +inf or
   // more than any score. scratch [max(dim, n), kPanel]. Returns candidates settled, or -1: too many codes are as near as rounding can tell.
   int64_t (*few)(const FewPlan&, const ExactCodes&, int64_t begin, int64_t end, const float* tiles, int64_t n, float* limits, Row* rows,

@@ -312,6 +312,7 @@ void accumulate(double* total, const float* row, int64_t dim) {
 }
 
 #include "search_few.h"
+#include "search_bytes.h"
 
-constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm,  dense,   few, settle_rows, panels,
+constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm,  dense,   bytes_or_null, to_bytes_or_null, few, settle_rows, panels,
                             project, round_to_grid, apply_covariance, inspect, centred_norm, accumulate};

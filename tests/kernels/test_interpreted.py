@@ -211,7 +211,7 @@ def test_residual_writes_what_the_reference_writes():
     mask = torch.rand(2, 40, generator=cases.generator(20)) > 0.3
     got = kernels("residual").residual_triton(*put(x, codebooks, mask), 0, True, True)
     expected = reference.residual(x, codebooks, mask, 0, True, True)
-    for name, a, b in zip(("quantized", "sq_error", "indices", "sums", "counts", "nonfinite", "rows"), got, expected):
+    for name, a, b in zip(("quantized", "sq_error", "indices", "sums", "counts", "nonfinite", "pull"), got, expected):
         if name == "sq_error":
             close(a, b, b.abs() * 2.0**-52 * x.numel(), name)
         else:

@@ -12,7 +12,7 @@ import vqfast
 from vqfast import _backends
 
 pytestmark = pytest.mark.quick
-ROADS = ("dense", "panels", "few")
+ROADS = ("dense", "bytes", "panels", "few")
 HARD = (cases.duplicates_across_tiles, cases.ulp_neighbours, cases.lattice, cases.offset, cases.huge_code_among_normal,
         cases.zeros_among_normal, cases.nonfinite_rows_and_codes, cases.denormals_and_ones)  # fmt: skip
 
@@ -140,3 +140,61 @@ def test_public_functions_agree_with_many_rows_on_cpu(name):
     for at in (0, 7, 100, 1499):
         alone = call(x[at : at + 1], codes, backend="cpu")
         same(alone.indices[0], whole.indices[at])
+
+
+def in_bytes() -> bool:
+    return _backends.cpu_level() == "avx512vnni"
+
+
+@pytest.mark.parametrize("dim", [16, 17, 31, 33, 64, 65, 200, 513], ids="D{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_that_share_their_bytes_on_cpu(metric, dim):
+    """Codes differ by less than a step of their bytes, and rows lie along these differences: only the allowances keep them apart."""
+    generator = cases.generator(dim)
+    shared = torch.randint(-120, 121, (3, dim), generator=generator) / 127.0
+    shared[:, 0] = 1.0
+    below = (torch.rand(50, 3, dim, generator=generator) - 0.5) / 127.0
+    below[:, :, 0] = 0
+    codebook = torch.cat([(shared + below).flatten(0, 1), -(shared + below).flatten(0, 1)])
+    x = torch.cat([codebook[::2] + 40 * below.flatten(0, 1).repeat(2, 1)[::2], shared.repeat(40, 1)])
+    found = verify(x, codebook, metric, "bytes")
+    assert found.road == ("bytes" if in_bytes() else "dense")
+
+
+@pytest.mark.parametrize("k", [2, 31, 32, 33, 511, 512, 513, 1100], ids="K{}".format)
+@pytest.mark.parametrize("rows", [1, 11, 12, 13, 300], ids="N{}".format)
+def test_sizes_on_the_road_of_bytes_on_cpu(rows, k):
+    found = verify(*cases.clustered(rows, k, 20, seed=k + rows), "l2", "bytes")
+    assert found.road == ("bytes" if in_bytes() else "dense") and found.candidates <= 3 * rows * k
+
+
+@pytest.mark.parametrize("factor", [4.0, 30.0, 200.0, 1e10], ids="{:g}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_of_many_sizes_in_bytes_on_cpu(metric, factor):
+    """A few codes far larger than the rest cost the others no resolution, or the road is not taken."""
+    x, codebook = cases.normal(300, 32, seed=95), cases.normal(400, 32, seed=96)
+    codebook[::50] *= factor
+    x[7], x[100, 3], x[5] = torch.nan, torch.inf, 1e25
+    found = verify(x, codebook, metric, "bytes")
+    if in_bytes() and factor < 50:
+        assert found.road == "bytes" and found.candidates < 20 * len(x)
+
+
+def test_isotropic_rows_take_bytes_and_settle_few_codes_on_cpu():
+    x, codebook = cases.normal(3000, 64, seed=97), cases.normal(2048, 64, seed=98)
+    found = verify(x, codebook, "l2", "auto")
+    if in_bytes():
+        assert found.road == "bytes" and found.candidates < 4 * len(x)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 514], ids="D{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_whose_bytes_cannot_tell_codes_apart_on_cpu(metric, dim):
+    """Codes come in pairs with neighbouring coordinates swapped; a row's bytes are the same under the swap, the row is not."""
+    generator = cases.generator(99)
+    one = torch.randint(-127, 128, (150, dim), generator=generator) / 127.0
+    swapped = one.view(150, -1, 2).flip(-1).flatten(1)
+    x = (torch.randint(-120, 121, (300, dim // 2), generator=generator) / 127.0).repeat_interleave(2, 1)
+    x = x + 0.9 * (torch.rand(300, dim, generator=generator) - 0.5) / 127.0
+    x[:, :2] = 1.0
+    verify(x, torch.cat([one, swapped, -one, -swapped]), metric, "bytes")

@@ -65,7 +65,7 @@ class _Operators:
     def quantize(self, x, codebook, mask, metric: int, with_sums: bool, order=None, basis=None, guess=None):
         return self._quantize(x, codebook, tuple(codebook.shape), mask, metric, with_sums)
 
-    def residual(self, x, codebooks, mask, metric: int, with_sums: bool, with_rows: bool):
+    def residual(self, x, codebooks, mask, metric: int, with_sums: bool, with_pull: bool):
         op = self.op
         rest, levels = op.Cast(x, to=_FLOAT), []
         for level in range(codebooks.shape[0]):
@@ -75,10 +75,13 @@ class _Operators:
         quantized = levels[0][0]
         for level in levels[1:]:
             quantized = op.Add(quantized, level[0])
-        errors, indices, counts = (
-            op.Concat(*(op.Unsqueeze(level[at], op.Constant(value_ints=[0])) for level in levels), axis=0) for at in (1, 2, 4)
+        error = levels[0][1]
+        for level in levels[1:]:
+            error = op.Add(error, level[1])
+        indices, counts = (
+            op.Concat(*(op.Unsqueeze(level[at], op.Constant(value_ints=[0])) for level in levels), axis=0) for at in (2, 4)
         )
-        return op.CastLike(quantized, x), errors, indices, levels[0][3], counts, levels[0][5], levels[0][3]
+        return op.CastLike(quantized, x), error, indices, levels[0][3], counts, levels[0][5], levels[0][3]
 
     # -- their parts; `shape` is the codebook's, (G, K, D) ---------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class ResidualVectorQuantizer(VectorQuantizerEMA):
         missing = self.num_quantizers - active
         counts = nn.functional.pad(step.counts[:, 0], (0, 0, 0, missing))
         sums = nn.functional.pad(step.sums[:, 0], (0, 0, 0, 0, 0, missing)) if with_sums else step.sums
-        return step._replace(sq_error=step.sq_error.mean(0), sums=sums, counts=counts)
+        return step._replace(sq_error=step.sq_error / active, sums=sums, counts=counts)
 
     def _levels(self, asked: int | None) -> int:
         if asked is not None:

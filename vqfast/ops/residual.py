@@ -11,69 +11,66 @@ from vqfast.ops import _shapes, quantize
 from vqfast.ops.quantize import Quantized
 
 
-def _fake(x, codebooks, mask, metric, with_sums, with_rows):
+def _fake(x, codebooks, mask, metric, with_sums, with_pull):
     b, g, n, d = x.shape
     q, _, k, _ = codebooks.shape
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     return (
         x.new_empty(b, g, n, d),
-        x.new_empty(q, 2, dtype=torch.float64),
+        x.new_empty(2, dtype=torch.float64),
         x.new_empty(q, b, g, n, dtype=torch.int64),
         x.new_empty((q, g, k, d) if with_sums else (0,), dtype=work),
         x.new_empty(q, g, k, dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
-        x.new_empty((q, b, g, n, d) if with_rows else (0,), dtype=codebooks.dtype),
+        x.new_empty((b, g, n, d) if with_pull else (0,), dtype=work),
     )
 
 
 def _setup_context(ctx, inputs, output):
     x, codebooks, mask = inputs[:3]
-    indices = output[2]
+    indices, pull = output[2], output[6]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    # Codebooks that follow a moving average change right after the lookup, so the op hands out the rows that it chose. A gather
-    # here would not do: a compiled graph repeats it in backward, from the codebook as it is then (torch 2.13).
-    ctx.keeps_codebooks = not inputs[5]
-    ctx.codebook_size, ctx.codebook_dtype = codebooks.shape[2], codebooks.dtype
-    ctx.save_for_backward(x, codebooks if ctx.keeps_codebooks else output[6], indices)
-    ctx.masked = mask is not None
-    ctx.input_count = len(inputs)
-
-
-def _codes(codebooks: Tensor, indices: Tensor) -> list[Tensor]:
-    """Rows that each level chose, each [B, G, N, D]."""
-    gather = _border.call("gather", _backends.choose("gather", None, codebooks))
-    return [gather(codebook, level) for codebook, level in zip(codebooks, indices, strict=True)]
+    # Codebooks that follow a moving average change right after the lookup, so the gradient into x is prepared by the op. A gather
+    # in backward would not do: a compiled graph would repeat it from the codebook as it is then (torch 2.13).
+    learns = ctx.needs_input_grad[1]
+    ctx.save_for_backward(indices, pull, *((x, codebooks) if learns else ()))
+    ctx.dtype, ctx.masked, ctx.input_count = x.dtype, mask is not None, len(inputs)
 
 
 def _backward(ctx, grad_quantized, grad_error, *_):
-    """The identity into x, and per level the gradient of its squared error; codes of earlier levels are constants."""
-    x, kept, indices = ctx.saved_tensors
+    """The identity into x, and the gradient of the squared errors; codes of earlier levels are constants."""
+    indices, pull, *kept = ctx.saved_tensors
     grad_x = grad_codebooks = None
-    if ctx.needs_input_grad[0] and grad_quantized is not None:
-        grad_x = torch.where((indices[0] >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
-    if grad_error is not None:
-        work = torch.promote_types(torch.promote_types(x.dtype, ctx.codebook_dtype), torch.float32)
-        rest, into_x, into_codes = x.to(work), 0, []
-        for level, codes in enumerate(_codes(kept, indices) if ctx.keeps_codebooks else kept):
-            codes = codes.to(work)
-            difference = quantize.difference(rest, codes, indices[level])
-            into_x = into_x + difference * (2 * grad_error[level, 0]).to(work)
-            if ctx.needs_input_grad[1]:
-                sums = quantize.scatter(difference, indices[level], ctx.codebook_size)
-                into_codes.append((sums * (-2 * grad_error[level, 1]).to(sums.dtype)).to(ctx.codebook_dtype))
-            rest = rest - codes
-        if ctx.needs_input_grad[0]:
-            grad_x = into_x.to(x.dtype) if grad_x is None else grad_x + into_x.to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_codebooks = torch.stack(into_codes)
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_quantized
+        if grad_x is not None and ctx.masked:
+            grad_x = torch.where((indices[0] >= 0)[..., None], grad_x, 0)
+        if grad_error is not None:
+            factor = (2 * grad_error[0]).to(pull.dtype)
+            grad_x = pull * factor if grad_x is None else torch.addcmul(grad_x.to(pull.dtype), pull, factor)
+            grad_x = grad_x.to(ctx.dtype)
+    if ctx.needs_input_grad[1] and grad_error is not None:
+        grad_codebooks = -2 * grad_error[1] * _sums_of_errors(*kept, indices)
+        grad_codebooks = grad_codebooks.to(kept[1].dtype)
     return grad_x, grad_codebooks, *(None,) * (ctx.input_count - 2)
+
+
+def _sums_of_errors(x: Tensor, codebooks: Tensor, indices: Tensor) -> Tensor:
+    """Per level and code the sum of (rest - code) over its rows, [Q, G, K, D]."""
+    gather = _border.call("gather", _backends.choose("gather", None, codebooks))
+    rest, sums = x.to(torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)), []
+    for codebook, level in zip(codebooks, indices, strict=True):
+        codes = gather(codebook, level).to(rest.dtype)
+        sums.append(quantize.scatter(quantize.difference(rest, codes, level), level, codebooks.shape[2]))
+        rest = rest - codes
+    return torch.stack(sums)
 
 
 _border.define(
     "residual",
-    "(Tensor x, Tensor codebooks, Tensor? mask, int metric, bool with_sums, bool with_rows)"
-    " -> (Tensor quantized, Tensor sq_error, Tensor indices, Tensor sums, Tensor counts, Tensor nonfinite, Tensor rows)",
+    "(Tensor x, Tensor codebooks, Tensor? mask, int metric, bool with_sums, bool with_pull)"
+    " -> (Tensor quantized, Tensor sq_error, Tensor indices, Tensor sums, Tensor counts, Tensor nonfinite, Tensor pull)",
     family="residual",
     reference=reference.residual,
     fake=_fake,
@@ -86,8 +83,8 @@ class Residual(torch.autograd.Function):
     """The residual op of one backend with its gradient; the same rules are registered on the op."""
 
     @staticmethod
-    def forward(x, codebooks, mask, metric, with_sums, with_rows, backend):
-        return _border.call("residual", backend)(x, codebooks, mask, metric, with_sums, with_rows)
+    def forward(x, codebooks, mask, metric, with_sums, with_pull, backend):
+        return _border.call("residual", backend)(x, codebooks, mask, metric, with_sums, with_pull)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -100,10 +97,13 @@ class Residual(torch.autograd.Function):
 
 
 def step(x, codebooks, mask=None, *, metric=0, with_sums=False, backend=None) -> quantize.Step:
-    """Run the op on canonical shapes: x [B, G, N, D], codebooks [Q, G, K, D]; every output but the first has a leading Q."""
+    """Run the op on canonical shapes: x [B, G, N, D], codebooks [Q, G, K, D].
+
+    indices, sums and counts have a leading Q; sq_error is that of all levels together.
+    """
     chosen = _backends.choose("residual", backend, x, codebooks)
-    with_rows = torch.is_grad_enabled() and x.requires_grad and not codebooks.requires_grad
-    arguments = (x, codebooks, mask, metric, with_sums, with_rows)
+    with_pull = torch.is_grad_enabled() and x.requires_grad
+    arguments = (x, codebooks, mask, metric, with_sums, with_pull)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return quantize.Step(*_border.call("residual", chosen)(*arguments)[:6])
     return quantize.Step(*Residual.apply(*arguments, chosen)[:6])
@@ -147,7 +147,7 @@ def residual_quantize(
         mask = mask.reshape(rows.shape[0], rows.shape[2])
     result = step(rows, codebooks[:, None], mask, metric=code, backend=backend)
     valid = result.counts[0].sum()
-    commitment_loss, codebook_loss = quantize.losses(result.sq_error.mean(0), valid, x.shape[-1])
+    commitment_loss, codebook_loss = quantize.losses(result.sq_error / len(codebooks), valid, x.shape[-1])
     perplexity, usage = quantize.code_metrics(result.counts[:, 0])
     return Quantized(
         result.quantized.reshape(x.shape),
