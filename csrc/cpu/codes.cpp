@@ -289,7 +289,9 @@ ByteBuild::ByteBuild(const Codes& codes, const Parallel& parallel) {
 // x.c = (x^ + e).(c^ + f) = x^.c^ + e.c + x^.f, where x^ and c^ are the steps: the score of a code misses |e| |c| + |x^| |f| at most, which
 // the kernel allows pair by pair, and what is rounded in float32, which is allowed to the row. Returns that.
 double in_steps(const ByteBuild& build, ByteRow* row) {
-  const double length = sqrt(row->length * 1.01), error = sqrt((double)row->error * 1.01) + 2 * kUnitRoundoff * length;
+  constexpr double kLost = 1e-16;  // squares that vanish in float32, at most 2,048 of them
+  const double length = sqrt((double)row->length * 1.01) + kLost;
+  const double error = sqrt((double)row->error * 1.01) + kLost + 2 * kUnitRoundoff * length;
   row->error = (float)(error * kUp);
   row->length = (float)((length + error) * kUp);
   return 8 * kUnitRoundoff * build.largest * (build.largest + length + error);

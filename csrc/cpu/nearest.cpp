@@ -17,8 +17,7 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
-// Under which part of the dense road's cost panels are taken: where bytes would do as well, and where only floats would.
-constexpr double kPanelsBeatBytes = 0.3, kPanelsBeatDense = 0.8;
+constexpr double kSurelyPanels = 0.2;  // a cost of panels that bytes do not reach
 
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -63,27 +62,13 @@ double distance_of(const ExactCodes& codes, const float* exact, double score) {
 NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
-  const bool free = road == Road::kAuto;
-  double panels = free ? panels_cost(rows, hints) : INFINITY;
-  if (road == Road::kPanels) {
-    panels_.reset(new PanelBuild(codes, hints, parallel));
-    panels = panels_->worth_it ? 0 : INFINITY;
-  }
-  if (!(panels < kPanelsBeatBytes) && (road == Road::kBytes || (free && bytes_pay(rows)))) {
-    panels_.reset();
-    if (!bytes_ && kernels().bytes && codes.work().dim <= kMaxPanelDim) bytes_.reset(new ByteBuild(codes, parallel));
-    if (bytes_ && bytes_->worth_it) {
-      report_.road = Road::kBytes;
-      return;
-    }
-  }
-  bytes_.reset();
-  if (panels < kPanelsBeatDense) {
-    report_.road = Road::kPanels;
-    report_.panels_count = panels_->plan.panels_count;
-    return;
-  }
-  panels_.reset();
+  const double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
+  const double bytes = (road == Road::kAuto && panels > kSurelyPanels) || road == Road::kBytes ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
+  report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;
+  if (report_.road != Road::kBytes) bytes_.reset();
+  if (report_.road != Road::kPanels) panels_.reset();
+  if (panels_) report_.panels_count = panels_->plan.panels_count;
+  if (report_.road != Road::kDense) return;
   double square = 0;
   int64_t counted = 0;
   std::vector<float> work(codes.work().dim);
@@ -97,13 +82,14 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
 
 NearestSearch::~NearestSearch() = default;
 
-// What the pruned road would cost, as a part of the dense one in floats; +inf where it has no panels. From the size and from counts on a
-// few rows, never from a clock: the same data takes the same road everywhere.
-double NearestSearch::panels_cost(const Rows& rows, const Hints& hints) {
+// What the pruned road costs, as a part of the dense one in floats; +inf where it has no panels. From the size and from counts on a few
+// rows, never from a clock: the same data takes the same road everywhere.
+double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
-  if (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24) return INFINITY;
+  if (!wanted && (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24)) return INFINITY;
   panels_.reset(new PanelBuild(codes_, hints, parallel_));
   if (!panels_->worth_it) return INFINITY;
+  if (wanted) return 0;
   // A pilot: rows evenly spaced, one by one.
   const int64_t n = std::min(rows.count, kPilotRows);
   std::vector<float> work(codes_.work().dim);
@@ -131,15 +117,17 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints) {
   const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
   const double dense = (double)counts.rows * k * dim / 16.0;
-  return pruned / dense;
+  return pruned / (0.8 * dense);
 }
 
-// Whether bytes leave few enough codes to settle: tried on evenly spaced rows.
-bool NearestSearch::bytes_pay(const Rows& rows) {
+// The same of the dense road in bytes.
+double NearestSearch::bytes_cost(const Rows& rows, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
-  if (!kernels().bytes || k < 128 || rows.count < 256 || dim < 16 || dim > kMaxPanelDim) return false;
+  if (!kernels().bytes || dim > kMaxPanelDim) return INFINITY;
+  if (!wanted && (k < 128 || rows.count < 256 || dim < 16)) return INFINITY;
   bytes_.reset(new ByteBuild(codes_, parallel_));
-  if (!bytes_->worth_it) return false;
+  if (!bytes_->worth_it) return INFINITY;
+  if (wanted) return 0;
   const int64_t n = std::min(rows.count, kPilotRows);
   Rows some;
   some.data = rows.data;
@@ -151,8 +139,8 @@ bool NearestSearch::bytes_pay(const Rows& rows) {
   run_dense(some, score.data(), index.data());
   const double settled = (double)report_.counts.candidates / n;
   report_.counts = {};
-  // Vector operations per row: of 16 products in floats, of 64 in bytes; a term of a settled code waits for the one before.
-  return settled * (2.0 * dim + 24) < 0.5 * (1.0 / 16 - 1.0 / 64) * k * dim;
+  // Vector operations per row: 64 products each, then what 18 cost to bound 16 codes; a term of a settled code waits for the one before.
+  return (k * (dim / 64.0 + 18 / 16.0) + settled * (4.0 * dim + 32)) / (k * dim / 16.0);
 }
 
 void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {

@@ -26,8 +26,8 @@ class NearestSearch {
   const SearchReport& report() const { return report_; }
 
  private:
-  double panels_cost(const Rows& rows, const Hints& hints);
-  bool bytes_pay(const Rows& rows);
+  double panels_cost(const Rows& rows, const Hints& hints, bool wanted);
+  double bytes_cost(const Rows& rows, bool wanted);
   void run_dense(const Rows& rows, double* score, int64_t* index);
   void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
   struct Tiles;
