@@ -42,28 +42,34 @@ inline void bound_codes(const BytePlan& plan, int64_t at, const ByteRow& row, fl
   *upper = smallest(min(least[0], least[1]));
 }
 
-// A row's limit sinks to the smallest upper bound; codes with a lower bound under it are kept.
-inline void pick(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, Row* row, float* limit, float* scores,
+// A row's limit sinks to the smallest upper bound; codes with a lower bound under it are kept. Returns how many had no place, and were settled
+// or dropped at once.
+inline int64_t pick(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, Row* row, float* limit, float* scores,
                  int64_t n) {
   float lowest, upper;
   bound_codes(plan, at, steps, scores, n, &lowest, &upper);
   upper += 2.0f * row->slack;
   if (upper < *limit) *limit = upper;
-  if (!(lowest < *limit)) return;
+  if (!(lowest < *limit)) return 0;
+  int64_t displaced = 0;
   const V bound = set(*limit);
   for (int64_t i = 0; i < n; i += kUnit) {
     uint32_t hits = less(load(scores + i), bound) | less(load(scores + i + W), bound) << W;
     while (hits) {
       const int lane = __builtin_ctz(hits);
       hits &= hits - 1;
+      const int before = row->count;
       append(e, row, plan.id[at + i + lane], scores[i + lane], *limit);
+      if (row->count <= before) displaced += before;
     }
   }
+  return displaced;
 }
 
 int64_t bytes(const BytePlan& plan, const ExactCodes& e, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
               Row* rows, float* scratch) {
   constexpr int kTogether = kByteScores / kPanel;
+  int64_t settled = 0;
   for (int64_t first = 0; first < plan.panels_count; first += kTogether) {
     const int64_t n = plan.panels_count - first < kTogether ? plan.panels_count - first : kTogether;
     for (int64_t t = 0; t < tile_count; ++t) {
@@ -79,11 +85,10 @@ int64_t bytes(const BytePlan& plan, const ExactCodes& e, const int32_t* tiles, c
       }
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = t * kRows + r;
-        pick(plan, first * kPanel, e, steps[at], &rows[at], &limits[at], scratch + r * kByteScores, n * kPanel);
+        settled += pick(plan, first * kPanel, e, steps[at], &rows[at], &limits[at], scratch + r * kByteScores, n * kPanel);
       }
     }
   }
-  int64_t settled = 0;
   for (int64_t r = 0; r < tile_count * kRows; ++r) {
     compact(&rows[r], limits[r]);
     settled += rows[r].count;

@@ -99,6 +99,16 @@ def test_counted_work_of_few_rows(hurt, metric, rows):
 
 
 @pytest.mark.quick
+def test_tight_clusters_far_apart_cost_no_more_than_dense():
+    """Within a cluster no code differs from another by a step of its bytes, so a look at bytes would leave thousands to the formula."""
+    far = 3 * cases.normal(8, DIM, seed=40)
+    codebook = (far[:, None] + 1e-4 * cases.normal(8, 4096, DIM, seed=41)).flatten(0, 1)
+    x = (far[:, None] + 1e-4 * cases.normal(8, 140, DIM, seed=42)).flatten(0, 1)
+    found = _backends.search_counts(x, codebook)
+    assert found.road != "bytes" and products(found) <= BOUND * len(x) * len(codebook) * DIM, f"{found[:9]}"
+
+
+@pytest.mark.quick
 def test_screened_data_takes_a_fraction_of_the_work():
     """The counts mean something: on data that the screen is for they are far below the dense search's."""
     found = _backends.search_counts(*screened())
