@@ -165,7 +165,7 @@ def test_codes_that_share_their_bytes_on_cpu(metric, dim):
 @pytest.mark.parametrize("rows", [1, 11, 12, 13, 300], ids="N{}".format)
 def test_sizes_on_the_road_of_bytes_on_cpu(rows, k):
     found = verify(*cases.clustered(rows, k, 20, seed=k + rows), "l2", "bytes")
-    assert found.road == ("bytes" if in_bytes() else "dense") and found.candidates <= 3 * rows * k
+    assert found.road == ("bytes" if in_bytes() else "dense")
 
 
 @pytest.mark.parametrize("factor", [4.0, 30.0, 200.0, 1e10], ids="{:g}".format)
@@ -197,4 +197,5 @@ def test_rows_whose_bytes_cannot_tell_codes_apart_on_cpu(metric, dim):
     x = (torch.randint(-120, 121, (300, dim // 2), generator=generator) / 127.0).repeat_interleave(2, 1)
     x = x + 0.9 * (torch.rand(300, dim, generator=generator) - 0.5) / 127.0
     x[:, :2] = 1.0
-    verify(x, torch.cat([one, swapped, -one, -swapped]), metric, "bytes")
+    found = verify(x, torch.cat([one, swapped, -one, -swapped]), metric, "bytes")
+    assert found.road == ("bytes" if in_bytes() else "dense")
