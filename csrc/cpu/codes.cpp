@@ -134,20 +134,25 @@ void Codes::make_unit(const Parallel& parallel) {
   });
 }
 
+void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out) {
+  const auto median = [](float a, float b, float c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); };
+  for (int64_t d = 0; d < dim; ++d) {
+    float third[3];
+    for (int i = 0; i < 3; ++i) third[i] = median(rows[3 * i][d], rows[3 * i + 1][d], rows[3 * i + 2][d]);
+    out[d] = median(third[0], third[1], third[2]);
+  }
+}
+
 // Mean of a sample of ordinary codes; any centre is valid, a good one makes the bounds tight.
 void Codes::find_centre() {
   const int64_t dim = work_.dim;
   centre_.assign(dim, 0.0f);
   if (searched_.empty()) return;
   const std::vector<int32_t> sample = sample_of(searched_, kSample);
-  // A coordinate-wise median first: no outlier can move it.
-  const std::vector<int32_t> few = sample_of(searched_, 33);
-  std::vector<float> column(few.size());
-  for (int64_t d = 0; d < dim; ++d) {
-    for (size_t i = 0; i < few.size(); ++i) column[i] = work_.row(few[i])[d];
-    std::nth_element(column.begin(), column.begin() + column.size() / 2, column.end());
-    centre_[d] = column[column.size() / 2];
-  }
+  const int64_t k = (int64_t)searched_.size();
+  const float* few[kCentreRows];
+  for (int64_t i = 0; i < kCentreRows; ++i) few[i] = work_.row(searched_[k < kCentreRows ? i % k : i * k / kCentreRows]);
+  centre_of(few, dim, centre_.data());
   std::vector<double> square(sample.size());
   for (size_t i = 0; i < sample.size(); ++i) square[i] = kernels().centred_norm(work_.row(sample[i]), centre_.data(), dim);
   const double ordinary = 16 * quantile(square, 0.75);
@@ -156,8 +161,7 @@ void Codes::find_centre() {
   for (size_t i = 0; i < sample.size(); ++i) {
     if (square[i] > ordinary) continue;
     ++count;
-    const float* row = work_.row(sample[i]);
-    for (int64_t d = 0; d < dim; ++d) mean[d] += row[d];
+    kernels().accumulate(mean.data(), work_.row(sample[i]), dim);
   }
   for (int64_t d = 0; d < dim; ++d) centre_[d] = (float)(mean[d] / std::max<int64_t>(1, count));
   for (size_t i = 0; i < sample.size(); ++i) square[i] = kernels().centred_norm(work_.row(sample[i]), centre_.data(), dim);

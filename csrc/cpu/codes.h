@@ -26,7 +26,7 @@ constexpr double kFarSquare = 0x1p100;
 struct PanelTree {
   struct Node {
     int32_t child[2];
-    float split;            // child[0] where the coordinate is under it
+    int32_t split;          // child[0] where the coordinate is under it
     int32_t coordinate;
     int32_t panel;          // of a leaf
   };
@@ -42,13 +42,17 @@ struct PanelTree {
       for (int i = 0; i < depth; ++i) {
         for (int r = 0; r < some; ++r) {
           const Node& node = nodes[at[r]];
-          at[r] = node.child[!(points[first + r].coordinate[node.coordinate] < node.split)];
+          at[r] = node.child[points[first + r].grid[node.coordinate] >= node.split];
         }
       }
       for (int r = 0; r < some; ++r) panel[first + r] = nodes[at[r]].panel;
     }
   }
 };
+
+// A point that no outlier can move: coordinate by coordinate the median of three medians of three rows.
+constexpr int kCentreRows = 9;
+void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out);
 
 class Codes {
  public:
@@ -122,17 +126,15 @@ struct PanelBuild {
   PanelPlan plan = {};
   PanelTree tree;
   double captured = 0;          // share of the variance in the principal directions
-  float rest_rel = 0;
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
-  std::vector<float> basis;     // [directions, dim]
-  // Coordinates of n rows.
-  void project(const float* rows, int64_t ld, int64_t n, PanelQuery* out) const;
   // Cell of a row in its panel's box: `bits` binary digits of each of the three widest coordinates.
   int32_t place_in_panel(int32_t panel, const PanelQuery& row, int bits) const;
   std::vector<int32_t> order;   // searched codes in panel order
 
  private:
-  void find_basis(const Codes&, const Hints&);
+  std::vector<const float*> sample_codes(const Codes&, double* total);  // of their squares
+  void find_basis(const Codes&, const std::vector<const float*>& sample, double total, const Hints&);
+  void find_allowances(const Codes&);
   void project_codes(const Codes&, const Parallel&);
   void find_order(const Hints&, const Codes&, const Parallel&);
   void fill_panels(const Codes&, const Parallel&);
@@ -144,9 +146,9 @@ struct PanelBuild {
   };
   void find_grid(int64_t panel, const int16_t* low, const int16_t* high);
 
-  const float* centre_;
+  AlignedFloats basis_;         // [directions, dim], and the centre
   std::vector<Grid> grids_;
-  std::unique_ptr<PanelQuery[]> coordinates_;
+  std::unique_ptr<PanelQuery[]> points_;  // of the searched codes
   AlignedInts storage_;
   std::vector<int32_t> id_;
 };

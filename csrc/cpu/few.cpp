@@ -9,7 +9,6 @@
 namespace vqfast {
 namespace {
 
-constexpr int kCentreCodes = 9;             // whose median of medians is the centre
 constexpr int64_t kTileBytes = 256 << 10;   // rows that pass over the codebook together: part of a second-level cache
 // Turning a panel around costs about as much as multiplying this many coordinates of it by a row, measured; many rows share it.
 constexpr int64_t kDirectDims = 32, kDirectRows = 16;
@@ -29,8 +28,6 @@ double product_of(const float* a, const float* b, int64_t dim) {
 }
 
 double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
-
-float median(float a, float b, float c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); }
 
 bool is_finite(const float* row, int64_t dim) {
   bool finite;
@@ -98,28 +95,25 @@ int FewSearch::sample_codes(float* sample, int64_t most) const {
   return found;
 }
 
-// Coordinate by coordinate the median of three medians of three: any centre is valid, a good one makes the bounds tight, and no outlier
-// can move this one. The same codes say how large codes are; false where that asks for scaling, which this road has not.
+// Any centre is valid, a good one makes the bounds tight. The same codes say how large codes are; false where that asks for scaling, which this road has not.
 bool FewSearch::find_centre() {
   const int64_t dim = codes_.dim;
-  std::vector<float> sample(kCentreCodes * dim);
-  const int found = sample_codes(sample.data(), kCentreCodes);
+  std::vector<float> sample(kCentreRows * dim);
+  const int found = sample_codes(sample.data(), kCentreRows);
   if (found == 0) return false;
-  for (int i = found; i < kCentreCodes; ++i) memcpy(&sample[i * dim], &sample[i % found * dim], dim * sizeof(float));
+  for (int i = found; i < kCentreRows; ++i) memcpy(&sample[i * dim], &sample[i % found * dim], dim * sizeof(float));
   shift_.resize(dim);
-  for (int64_t d = 0; d < dim; ++d) {
-    const float* s = &sample[d];
-    float third[3];
-    for (int j = 0; j < 3; ++j) third[j] = median(s[3 * j * dim], s[(3 * j + 1) * dim], s[(3 * j + 2) * dim]);
-    shift_[d] = -median(third[0], third[1], third[2]);
-  }
-  double square[kCentreCodes];
-  for (int i = 0; i < kCentreCodes; ++i) {
+  const float* rows[kCentreRows];
+  for (int i = 0; i < kCentreRows; ++i) rows[i] = &sample[i * dim];
+  centre_of(rows, dim, shift_.data());
+  for (float& s : shift_) s = -s;
+  double square[kCentreRows];
+  for (int i = 0; i < kCentreRows; ++i) {
     for (int64_t d = 0; d < dim; ++d) sample[i * dim + d] += shift_[d];
     square[i] = square_of(&sample[i * dim], dim);
   }
-  std::sort(square, square + kCentreCodes);
-  typical_square_ = square[kCentreCodes * 3 / 4];
+  std::sort(square, square + kCentreRows);
+  typical_square_ = square[kCentreRows * 3 / 4];
   centre_norm_ = sqrt(square_of(shift_.data(), dim));
   plan_.shift = shift_.data();
   return typical_square_ > 0x1p-30 && typical_square_ < 0x1p30;

@@ -114,8 +114,6 @@ inline int32_t ismallest(I a) {
   s = _mm_min_epi32(s, _mm_shuffle_epi32(s, 0x4E));
   return _mm_cvtsi128_si32(_mm_min_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
-// W values rounded to the nearest integer, then to int16.
-inline void store_rounded(int16_t* p, V a) {
-  const __m256i i = _mm256_cvtps_epi32(a);
-  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
-}
+inline I to_steps(V a) { return _mm256_cvtps_epi32(a); }  // the nearest integers
+inline I pair_up(I low, I high) { return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA); }
+inline V as_floats(I a) { return _mm256_castsi256_ps(a); }

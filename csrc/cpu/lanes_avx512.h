@@ -109,7 +109,6 @@ inline void add_byte_dots(I& total, I a, I b) {  // a without sign, b with
   asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
 }
 inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
-inline I to_steps(V a) { return _mm512_cvtps_epi32(a); }
 inline void store_bytes(int32_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
 inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
 inline int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
@@ -117,5 +116,6 @@ inline int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
 inline uint32_t at_most(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
 inline uint32_t iequal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline int32_t ismallest(I a) { return _mm512_reduce_min_epi32(a); }
-// W values rounded to the nearest integer, then to int16.
-inline void store_rounded(int16_t* p, V a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a))); }
+inline I to_steps(V a) { return _mm512_cvtps_epi32(a); }  // the nearest integers
+inline I pair_up(I low, I high) { return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_slli_epi32(high, 16)); }
+inline V as_floats(I a) { return _mm512_castsi512_ps(a); }

@@ -110,7 +110,14 @@ inline int32_t ismallest(I a) {
   for (int i = 1; i < 4; ++i) s = a[i] < s ? a[i] : s;
   return s;
 }
-// W values rounded to the nearest integer, then to int16.
-inline void store_rounded(int16_t* p, V a) {
-  for (int i = 0; i < 4; ++i) p[i] = (int16_t)__builtin_lrintf(a[i]);
+inline I to_steps(V a) {  // the nearest integers
+  I steps;
+  for (int i = 0; i < 4; ++i) steps[i] = (int)__builtin_lrintf(a[i]);
+  return steps;
+}
+inline I pair_up(I low, I high) { return (I)(((H)low & 0xFFFFu) | ((H)high << 16)); }
+inline V as_floats(I a) {
+  V v;
+  __builtin_memcpy(&v, &a, 16);
+  return v;
 }

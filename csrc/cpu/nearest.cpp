@@ -92,22 +92,26 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
   if (wanted) return 0;
   // A pilot: rows evenly spaced, one by one.
   const int64_t n = std::min(rows.count, kPilotRows);
-  std::vector<float> work(codes_.work().dim);
+  const int64_t work_dim = codes_.work().dim;
+  std::vector<float> work(n * work_dim);
+  std::vector<const float*> exact;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = rows.row(i * rows.count / n);
+    if (work_row(codes_, row, &work[exact.size() * work_dim])) exact.push_back(row);
+  }
   PanelCounts counts{};
   const PanelPlan& plan = panels_->plan;
-  for (int64_t i = 0; i < n; ++i) {
-    const float* exact = rows.row(i * rows.count / n);
-    if (!work_row(codes_, exact, work.data())) continue;
-    PanelQuery query;
-    panels_->project(work.data(), 0, 1, &query);
-    kernels().round_to_grid(plan.per_unit, plan.directions, &query, 1);
-    if (!(query.norm < (float)kWildSquare)) continue;  // NaN too
+  PanelQuery query[kPilotRows];
+  int32_t first[kPilotRows];
+  kernels().project(plan, work.data(), work_dim, (int64_t)exact.size(), query);
+  panels_->tree.panels_of(query, (int64_t)exact.size(), first);
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (!(query[i].norm < (float)kWildSquare)) continue;  // NaN too
     const int32_t zero = 0;
-    int32_t first;
-    panels_->tree.panels_of(&query, 1, &first);
     double score;
     int64_t index;
-    kernels().panels(plan, codes_.exact(), exact, 0, work.data(), 0, &query, &zero, &first, nullptr, 1, &score, &index, &counts);
+    kernels().panels(plan, codes_.exact(), exact[i], 0, &work[i * work_dim], 0, &query[i], &zero, &first[i], nullptr, 1, &score, &index,
+                     &counts);
   }
   if (counts.rows == 0) return INFINITY;
   // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
@@ -302,8 +306,7 @@ void NearestSearch::describe(const Rows& rows, int64_t from_row, int64_t count, 
       ld = dim;
     }
     PanelQuery* query = &block->queries[i];
-    panels_->project(from, ld, n, query);
-    kernels().round_to_grid(panels_->plan.per_unit, panels_->plan.directions, query, n);
+    kernels().project(panels_->plan, from, ld, n, query);
     panels_->tree.panels_of(query, n, &block->first[i]);
     for (int64_t r = 0; r < n; ++r) {
       if (has_vector[r] && query[r].norm < (float)kWildSquare) continue;  // NaN too

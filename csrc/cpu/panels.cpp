@@ -15,7 +15,17 @@ constexpr int64_t kBasisSample = 512;  // codes that the principal directions ar
 constexpr int64_t kBasisSampleLeast = 128;
 constexpr int kExtra = 4;              // directions iterated beyond those kept
 constexpr int kIterations = 3;
+constexpr double kMargin = 1.5;        // how much larger than the sample's largest square others may be
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
+
+double product(const double* a, const double* b, int64_t dim) {
+  double part[4] = {};  // sums that do not wait for one another
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4)
+    for (int i = 0; i < 4; ++i) part[i] += a[d + i] * b[d + i];
+  for (; d < dim; ++d) part[0] += a[d] * b[d];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
 
 // Rows made orthonormal in double, in place; a row that vanishes becomes zero.
 void orthonormalise(std::vector<double>& rows, int count, int64_t dim) {
@@ -24,20 +34,17 @@ void orthonormalise(std::vector<double>& rows, int count, int64_t dim) {
     for (int pass = 0; pass < 2; ++pass) {
       for (int j = 0; j < i; ++j) {
         const double* other = rows.data() + j * dim;
-        double dot = 0;
-        for (int64_t d = 0; d < dim; ++d) dot += row[d] * other[d];
+        const double dot = product(row, other, dim);
         for (int64_t d = 0; d < dim; ++d) row[d] -= dot * other[d];
       }
     }
-    double norm = 0;
-    for (int64_t d = 0; d < dim; ++d) norm += row[d] * row[d];
-    norm = sqrt(norm);
-    for (int64_t d = 0; d < dim; ++d) row[d] = norm > 1e-30 ? row[d] / norm : 0.0;
+    const double norm = sqrt(product(row, row, dim)), factor = norm > 1e-30 ? 1.0 / norm : 0.0;
+    for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
   }
 }
 
 // |P P' - I| in the Frobenius norm over the rows that are not zero.
-double orthonormality_defect(const std::vector<float>& rows, int count, int64_t dim) {
+double orthonormality_defect(const float* rows, int count, int64_t dim) {
   double total = 0;
   for (int i = 0; i < count; ++i) {
     for (int j = i; j < count; ++j) {
@@ -63,7 +70,7 @@ class Splitter {
 
  private:
   struct Key {
-    float value;
+    int32_t value;
     int32_t code;
     bool operator<(const Key& other) const { return value < other.value; }
   };
@@ -80,13 +87,13 @@ class Splitter {
   // Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
   void split(PanelTree& tree, int32_t node, const Part& part, int64_t panels, int depth) {
     if (panels == 1) {
-      tree.nodes[node] = {{node, node}, INFINITY, 0, (int32_t)(part.first / kPanel)};
+      tree.nodes[node] = {{node, node}, 0, 0, (int32_t)(part.first / kPanel)};
       return;
     }
     if (part.at == at_ && part.count <= kNearby && (int64_t)order_.size() > kNearby) return split_nearby(tree, node, part, panels, depth);
     const int64_t half = panels / 2, cut = half * kPanel;
     const int coordinate = widest(part);
-    const float value = divide(part, cut, coordinate);
+    const int32_t value = divide(part, cut, coordinate);
     const int32_t left = node + 1, right = node + (int32_t)(2 * half);
     tree.nodes[node] = {{left, right}, value, coordinate, 0};
     const auto side = [&](int64_t i) {
@@ -108,26 +115,26 @@ class Splitter {
 
   // Brings the `cut` codes that are smallest in one coordinate to the front; returns the least of the others. Two values between which
   // the cut should lie, from a sample, leave few codes to sort out; to come under, over or between them takes no branch.
-  float divide(const Part& part, int64_t cut, int coordinate) {
+  int32_t divide(const Part& part, int64_t cut, int coordinate) {
     constexpr int kSample = 63, kEitherSide = 8;
     Key *const sorted = sorted_.get() + part.first, *const between = between_.get() + part.first;
-    const auto key = [&](int64_t i) { return Key{part.at[part.codes[i]].coordinate[coordinate], part.codes[i]}; };
+    const auto key = [&](int64_t i) { return Key{part.at[part.codes[i]].grid[coordinate], part.codes[i]}; };
     int64_t under = 0, over = 0, inside = 0;
     if (part.count < 8 * kSample) {
       for (; inside < part.count; ++inside) between[inside] = key(inside);
     } else {
-      float sample[kSample];
+      int32_t sample[kSample];
       for (int i = 0; i < kSample; ++i) sample[i] = key(i * part.count / kSample).value;
       std::sort(sample, sample + kSample);
       const int64_t middle = kSample * cut / part.count;
-      const float least = sample[std::max<int64_t>(0, middle - kEitherSide)];
-      const float most = sample[std::min<int64_t>(kSample - 1, middle + kEitherSide)];
+      const int32_t least = sample[std::max<int64_t>(0, middle - kEitherSide)];
+      const int32_t most = sample[std::min<int64_t>(kSample - 1, middle + kEitherSide)];
       for (int64_t i = 0; i < part.count; ++i) {
         const Key k = key(i);
         sorted[under] = sorted[part.count - 1 - over] = between[inside] = k;
         under += k.value < least;
         over += k.value > most;
-        inside += !(k.value < least) & !(k.value > most);
+        inside += (k.value >= least) & (k.value <= most);
       }
     }
     if (cut >= under && cut < under + inside) std::nth_element(between, between + (cut - under), between + inside);
@@ -143,11 +150,11 @@ class Splitter {
     const int64_t step = std::max<int64_t>(1, part.count / 128);
     float sum[kMaxBasis + 1] = {}, square[kMaxBasis + 1] = {};
     int64_t count = 0;
-    const float* origin = part.at[part.codes[0]].coordinate;
+    const int16_t* origin = part.at[part.codes[0]].grid;
     for (int64_t i = 0; i < part.count; i += step, ++count) {
-      const float* c = part.at[part.codes[i]].coordinate;
+      const int16_t* c = part.at[part.codes[i]].grid;
       for (int j = 0; j < width_; ++j) {
-        const float v = c[j] - origin[j];
+        const float v = (float)(c[j] - origin[j]);
         sum[j] += v;
         square[j] += v * v;
       }
@@ -155,7 +162,7 @@ class Splitter {
     double best = -1;
     int chosen = 0;
     for (int j = 0; j < width_; ++j) {
-      const double variance = square[j] - (double)sum[j] * sum[j] / count;
+      const double variance = square[j] - (double)sum[j] * sum[j] / (double)count;
       if (variance > best) best = variance, chosen = j;
     }
     return chosen;
@@ -172,7 +179,10 @@ class Splitter {
 
 PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& parallel) {
   if (codes.work().dim > kMaxPanelDim) return;
-  find_basis(codes, hints);
+  double total;
+  const std::vector<const float*> sample = sample_codes(codes, &total);
+  find_basis(codes, sample, total, hints);
+  find_allowances(codes);
   if (captured < kWorthIt) return;
   worth_it = true;
   project_codes(codes, parallel);
@@ -180,74 +190,85 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   fill_panels(codes, parallel);
 }
 
-// Principal directions of a sample by subspace iteration, or the caller's. Any orthonormal rows are valid: they decide the cost only.
-void PanelBuild::find_basis(const Codes& codes, const Hints& hints) {
+// Codes within reach that tell what all are like. The grid spans them and a little more, but for a few that lie far out: what is outside
+// is clamped to it, which brings points closer, never apart.
+std::vector<const float*> PanelBuild::sample_codes(const Codes& codes, double* total) {
   const int64_t dim = codes.work().dim, k = (int64_t)codes.searched().size();
-  const float* centre = codes.centre().data();
   const int64_t n = std::min(k, std::max(kBasisSampleLeast, std::min(kBasisSample, k / 4)));
   std::vector<const float*> sample;
-  double total = 0;
+  double largest = 0;
+  *total = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float* row = codes.work().row(codes.searched()[i * k / n]);
-    const double square = kernels().centred_norm(row, centre, dim);
+    const double square = kernels().centred_norm(row, codes.centre().data(), dim);
     if (!(square < kFarSquare)) continue;
-    total += square;
+    largest = std::max(largest, square);
+    *total += square;
     sample.push_back(row);
   }
+  const double ordinary = 64 * codes.typical_square(), span = sqrt(ordinary > 0 ? std::min(kMargin * largest, ordinary) : largest);
+  plan.per_unit = (float)(kGrid / std::max(span, 1e-15));
+  return sample;
+}
+
+// Principal directions of a sample by subspace iteration, or the caller's. Any orthonormal rows are valid: they decide the cost only.
+void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>& sample, double total, const Hints& hints) {
+  const int64_t dim = codes.work().dim;
+  const float* centre = codes.centre().data();
   const int directions = dim <= 4 ? 4 : 8;
-  const int iterated = (int)std::min<int64_t>(directions + kExtra, dim);
-  std::vector<double> rows((size_t)std::max(iterated, directions) * dim, 0.0);
+  const int iterated = (int)std::min<int64_t>(directions + kExtra, dim), padded = (std::max(iterated, directions) + 3) / 4 * 4;
+  std::vector<double> rows((size_t)padded * dim, 0.0);
   const bool given = hints.basis && hints.directions >= directions;
-  if (given) {
-    for (int64_t i = 0; i < directions * dim; ++i) rows[i] = std::isfinite(hints.basis[i]) ? hints.basis[i] : 0.0;
-    orthonormalise(rows, directions, dim);
-  } else {
-    uint64_t state = 88172645463325252ull;
-    for (int64_t i = 0; i < iterated * dim; ++i) {
-      state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-      rows[i] = (double)(int64_t)state;
-    }
-    orthonormalise(rows, iterated, dim);
-    std::vector<float> current(iterated * dim), next(iterated * dim);
-    for (int step = 0; step < kIterations; ++step) {
-      for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
-      std::fill(next.begin(), next.end(), 0.0f);
-      for (const float* row : sample)
-        kernels().apply_covariance(row, centre, current.data(), iterated, dim, next.data());
-      // Largest images first, so that the leading rows are the principal ones.
-      std::vector<double> length(iterated, 0.0);
-      for (int j = 0; j < iterated; ++j)
-        for (int64_t d = 0; d < dim; ++d) length[j] += (double)next[j * dim + d] * next[j * dim + d];
-      std::vector<int> rank(iterated);
-      std::iota(rank.begin(), rank.end(), 0);
-      std::stable_sort(rank.begin(), rank.end(), [&](int a, int b) { return length[a] > length[b]; });
-      for (int j = 0; j < iterated; ++j)
-        for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = next[rank[j] * dim + d];
-      orthonormalise(rows, iterated, dim);
-    }
+  uint64_t state = 88172645463325252ull;
+  for (int64_t i = 0; i < (given ? directions : iterated) * dim; ++i) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    rows[i] = !given ? (double)(int64_t)state : std::isfinite(hints.basis[i]) ? hints.basis[i] : 0.0;
   }
-  basis.resize(directions * dim);
-  for (int64_t i = 0; i < directions * dim; ++i) basis[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
+  orthonormalise(rows, given ? directions : iterated, dim);
+  std::vector<float> current(padded * dim), next(padded * dim);
+  for (int step = 0; step < (given ? 1 : kIterations); ++step) {
+    for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
+    std::fill(next.begin(), next.end(), 0.0f);
+    for (const float* row : sample) kernels().apply_covariance(row, centre, current.data(), padded, dim, next.data());
+    // What lies along a direction: the sum of its products with the sample, squared.
+    double kept = 0;
+    for (int j = 0; j < directions; ++j)
+      for (int64_t d = 0; d < dim; ++d) kept += (double)current[j * dim + d] * next[j * dim + d];
+    captured = total > 0 ? kept / total : 0;
+    if (given) break;
+    // Largest images first, so that the leading rows are the principal ones.
+    std::vector<double> length(iterated, 0.0);
+    for (int j = 0; j < iterated; ++j)
+      for (int64_t d = 0; d < dim; ++d) length[j] += (double)next[j * dim + d] * next[j * dim + d];
+    std::vector<int> rank(iterated);
+    std::iota(rank.begin(), rank.end(), 0);
+    std::stable_sort(rank.begin(), rank.end(), [&](int a, int b) { return length[a] > length[b]; });
+    for (int j = 0; j < iterated; ++j)
+      for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = next[rank[j] * dim + d];
+    orthonormalise(rows, iterated, dim);
+  }
+  basis_ = aligned_floats((directions + 1) * dim);
+  for (int64_t i = 0; i < directions * dim; ++i) basis_[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
+  std::copy(centre, centre + dim, basis_.get() + directions * dim);
   plan.directions = directions;
   plan.dim = dim;
-  centre_ = centre;
-  double kept = 0;
-  for (const float* row : sample) {
-    PanelQuery query;
-    project(row, 0, 1, &query);
-    for (int j = 0; j < directions; ++j) kept += (double)query.coordinate[j] * query.coordinate[j];
-  }
-  captured = total > 0 ? kept / total : 0;
+  plan.basis = basis_.get();
+  plan.centre = basis_.get() + directions * dim;
+}
 
-  const double ops = kernels().ops_per_term, defect = orthonormality_defect(basis, directions, dim);
+void PanelBuild::find_allowances(const Codes& codes) {
+  const int64_t dim = plan.dim;
+  const int directions = plan.directions;
+  const double ops = kernels().ops_per_term, defect = orthonormality_defect(plan.basis, directions, dim);
   const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least two sums side by side
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
-  rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
+  plan.rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
+  plan.rounding = 2 * 0.503f * sqrtf((float)(directions + 1));
   plan.codes = codes.work().data;
   plan.ld = codes.work().ld;
   plan.row_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +
                          4 * ops * (directions + 6) * kUnitRoundoff);
-  plan.code_rel = (float)(plan.row_rel + rest_rel + 1e-6);
+  plan.code_rel = (float)(plan.row_rel + plan.rest_rel + 1e-6);
   plan.full_rel = (float)(2 * per_sum + 8 * kUnitRoundoff);
   // Unit vectors carry their own rounding, and the contract's double rounding of the similarity shows as a distance too.
   plan.radius = codes.unit_vectors() ? (float)(8 * kUnitRoundoff + sqrt((dim + 8) * 0x1p-50)) : 0.0f;
@@ -278,9 +299,7 @@ int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bit
   const int32_t last = (1 << bits) - 1;
   int32_t place = 0;
   for (int i = 0; i < 3; ++i) {
-    int16_t coordinate;
-    memcpy(&coordinate, reinterpret_cast<const char*>(row.grid) + 2 * grid.coordinate[i], 2);
-    const float at = (float)(coordinate - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
+    const float at = (float)(row.grid[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
     const int32_t step = (int32_t)std::max(0.0f, std::min((float)last, at));
     // There and back, so that neighbours in the order are neighbours in the box.
     place = (place << bits) | (step ^ (-(place & 1) & last));
@@ -288,42 +307,30 @@ int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bit
   return place;
 }
 
-void PanelBuild::project(const float* rows, int64_t ld, int64_t n, PanelQuery* out) const {
-  kernels().project(rows, ld, n, centre_, basis.data(), plan.directions, plan.dim, rest_rel, out);
-}
-
 void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
   const std::vector<int32_t>& searched = codes.searched();
-  coordinates_.reset(new PanelQuery[searched.size()]);
+  points_.reset(new PanelQuery[searched.size()]);
   parallel((int64_t)searched.size(), 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) project(codes.work().row(searched[i]), 0, 1, &coordinates_[i]);
+    for (int64_t i = begin, n; i < end; i += n) {  // codes that follow one another, which most do, are projected together
+      for (n = 1; i + n < end && searched[i + n] == searched[i] + n; ++n) {}
+      kernels().project(plan, codes.work().row(searched[i]), codes.work().ld, n, &points_[i]);
+    }
   });
   // order: positions in `searched` of the codes within reach; turned into codes once the panels are filled.
   order.clear();
   order.reserve(searched.size());
-  float largest = 0;
-  for (size_t i = 0; i < searched.size(); ++i) {
-    if (!(coordinates_[i].norm < (float)kFarSquare)) continue;
-    order.push_back((int32_t)i);
-    largest = std::max(largest, coordinates_[i].norm);
-  }
-  // The grid spans the codes, but for a few that lie far out: they are clamped to it, which brings points closer, never apart.
-  const float ordinary = (float)(64 * codes.typical_square()), span = sqrtf(ordinary > 0 ? std::min(largest, ordinary) : largest);
-  plan.per_unit = kGrid / std::max(span, 1e-15f);
-  plan.rounding = 2 * 0.503f * sqrtf((float)(plan.directions + 1));
-  parallel((int64_t)searched.size(), 2048, [&](int64_t begin, int64_t end) {
-    kernels().round_to_grid(plan.per_unit, plan.directions, &coordinates_[begin], end - begin);
-  });
+  for (size_t i = 0; i < searched.size(); ++i)
+    if (points_[i].norm < (float)kFarSquare) order.push_back((int32_t)i);
 }
 
 void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel) {
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel;
   tree.nodes.resize(std::max<int64_t>(1, 2 * panels - 1));
   if (panels == 0) {
-    tree.nodes[0] = {{0, 0}, INFINITY, 0, 0};
+    tree.nodes[0] = {{0, 0}, 0, 0, 0};
     return;
   }
-  Splitter(coordinates_.get(), order, plan.directions + 1, parallel).run(tree, panels);
+  Splitter(points_.get(), order, plan.directions + 1, parallel).run(tree, panels);
   while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
 }
 
@@ -379,15 +386,15 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
             continue;
           }
           constexpr int64_t kAhead = 8;  // codes lie anywhere
-          if (at + kAhead < (int64_t)order.size()) __builtin_prefetch(&coordinates_[order[at + kAhead]]);
-          const PanelQuery& c = coordinates_[order[at]];
+          if (at + kAhead < (int64_t)order.size()) __builtin_prefetch(&points_[order[at + kAhead]]);
+          const PanelQuery& c = points_[order[at]];
           Box::Places point = {};
           memcpy(&point, c.grid, sizeof(c.grid));
           all.add(point, point);
           const Box::Places negated = -point;
           int32_t square = 0;
           for (int j = 0; j < 2 * kMaxPairs; ++j) square += (int32_t)point[j] * point[j];
-          for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, reinterpret_cast<const int32_t*>(&negated) + j, 4);
+          for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, reinterpret_cast<const char*>(&negated) + 4 * j, 4);
           start[at] = square >> 1;
           id_[at] = codes.searched()[order[at]];
         }

@@ -86,10 +86,13 @@ struct PanelPlan {
   const int32_t* group_high;
   int64_t panels_count, groups_count;
   int directions;          // 4 or 8
+  const float* centre;     // [dim]
+  const float* basis;      // [directions, dim]
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
   int64_t ld;
   int64_t dim;
   float per_unit;          // grid steps per unit of a coordinate
+  float rest_rel;          // widens the norm of the rest
   float rounding;          // grid steps by which the distance of two rounded points may exceed that of the points themselves
   float row_rel, code_rel;  // a squared distance of coordinates may exceed the true one by row_rel |x|^2 + code_rel |c|^2 + excess
   float full_rel;          // full distance may err by this factor ...
@@ -101,11 +104,10 @@ struct PanelCounts {       // what a search did; for the choice of road, tests a
   int64_t rows, groups, panels, evaluations, candidates;
 };
 
-struct PanelQuery {        // per row or code, filled by project()
-  float coordinate[kMaxBasis + 1];
+struct alignas(32) PanelQuery {  // a row or a code as project() gives it
+  int16_t grid[2 * kMaxPairs];  // principal coordinates and the norm of the rest, then 0
   float norm;              // |x - centre|^2
   float excess;            // what the coordinates' squares exceed it by, 0 at least
-  int32_t grid[kMaxPairs];  // pairs of int16; filled where there is a grid
 };
 
 // The functions of one SIMD level.
@@ -134,12 +136,9 @@ struct Kernels {
   void (*panels)(const PanelPlan&, const ExactCodes&, const float* exact_rows, int64_t exact_ld, const float* rows, int64_t ld,
                  const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
                  double* score, int64_t* index, PanelCounts* counts);
-  // Coordinates of n rows along `count` directions (4 or 8) [count, dim]. rest_rel widens the norm of the rest.
-  void (*project)(const float* rows, int64_t ld, int64_t n, const float* centre, const float* directions, int count, int64_t dim,
-                  float rest_rel, PanelQuery* out);
-  // grid of n points from their coordinates
-  void (*round_to_grid)(float per_unit, int directions, PanelQuery* points, int64_t n);
-  // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d)
+  // The points of n rows, by the plan's basis and grid.
+  void (*project)(const PanelPlan&, const float* rows, int64_t ld, int64_t n, PanelQuery* out);
+  // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d). directions is a multiple of four.
   void (*apply_covariance)(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out);
   // hash of the values of a row (equal values, equal hash); norm of (row - centre) in float; finite or not
   uint64_t (*inspect)(const float* row, int64_t dim, bool* finite);

@@ -184,90 +184,128 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
 
-inline float direction_dot(const float* row, const float* centre, const float* direction, int64_t dim) {
-  V s0 = set(0), s1 = set(0);
-  int64_t d = 0;
-  for (; d + 2 * W <= dim; d += 2 * W) {
-    s0 = fma(sub(load(row + d), load(centre + d)), load(direction + d), s0);
-    s1 = fma(sub(load(row + d + W), load(centre + d + W)), load(direction + d + W), s1);
-  }
-  for (; d + W <= dim; d += W) s0 = fma(sub(load(row + d), load(centre + d)), load(direction + d), s0);
-  if (d < dim) {
-    const int n = (int)(dim - d);
-    s1 = fma(sub(load_part(row + d, n), load_part(centre + d, n)), load_part(direction + d, n), s1);
-  }
-  return sum(add(s0, s1));
-}
-
 inline void direction_sums(const V (&y)[4], float* out) { four_sums(y, out); }
 inline void direction_sums(const V (&y)[8], float* out) { eight_sums(y, out); }
 
+constexpr int kSide = W < 16 ? 1 : 2;          // rows that share a load of the directions; more would not stay in registers
+constexpr int kPlaces = W > kMaxBasis ? W : kMaxBasis;  // of a row's coordinates, in whole vectors
+
+// Sums of kSide rows: coordinates, and the squares still lane by lane.
 template <int kDirections>
-inline void project_row(const float* row, const float* centre, const float* directions, int64_t dim, float rest_rel, PanelQuery* out) {
-  V square = set(0), y[kDirections];
+inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const float* const* rows, V* squares, float (*coordinates)[kPlaces]) {
+  V square[kSide], y[kSide][kDirections];
+#pragma GCC unroll 2
+  for (int r = 0; r < kSide; ++r) {
+    square[r] = set(0);
 #pragma GCC unroll 8
-  for (int j = 0; j < kDirections; ++j) y[j] = set(0);
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) {
-    const V x = sub(load(row + d), load(centre + d));
-    square = fma(x, x, square);
-#pragma GCC unroll 8
-    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load(directions + j * dim + d), y[j]);
+    for (int j = 0; j < kDirections; ++j) y[r][j] = set(0);
   }
-  if (d < dim) {
-    const int n = (int)(dim - d);
-    const V x = sub(load_part(row + d, n), load_part(centre + d, n));
-    square = fma(x, x, square);
-#pragma GCC unroll 8
-    for (int j = 0; j < kDirections; ++j) y[j] = fma(x, load_part(directions + j * dim + d, n), y[j]);
-  }
-  direction_sums(y, out->coordinate);
-  float kept = 0;
-#pragma GCC unroll 8
-  for (int j = 0; j < kDirections; ++j) kept += out->coordinate[j] * out->coordinate[j];
-  const float norm = sum(square), rest = norm * (1.0f + rest_rel) - kept;
-  const float length = rest > 0 ? __builtin_sqrtf(rest) * (1.0f + 5e-7f) : 0.0f;
-  const float total = kept + length * length;
-  out->coordinate[kDirections] = length;
-  out->norm = norm;
-  out->excess = total > norm ? total - norm : 0.0f;
-}
-
-void project(const float* rows, int64_t ld, int64_t n, const float* centre, const float* directions, int count, int64_t dim,
-             float rest_rel, PanelQuery* out) {
-  constexpr int64_t kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
-  const int64_t bytes = (dim < 256 ? dim : 256) * 4;
-  for (int64_t i = 0; i < n; ++i) {
-    fetch(rows + (i + kAhead) * ld, bytes);
-    if (count == 4) project_row<4>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
-    else project_row<8>(rows + i * ld, centre, directions, dim, rest_rel, out + i);
-  }
-}
-
-void round_to_grid(float per_unit, int directions, PanelQuery* points, int64_t n) {
-  constexpr int kPlaces = (2 * kMaxPairs + W - 1) / W * W;
-  int16_t rounded[kPlaces];
-  const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(per_unit);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int j = 0; j < kPlaces; j += W) {  // places after the coordinates hold 0
-      const int left = directions + 1 - j;
-      const V at = left >= W ? load(points[i].coordinate + j) : load_part(points[i].coordinate + j, left > 0 ? left : 0);
-      store_rounded(rounded + j, max(min(mul(at, scale), most), least));
+  const auto step = [&](int64_t d, auto read) {
+    const V centre = read(plan.centre + d);
+    V x[kSide];
+#pragma GCC unroll 2
+    for (int r = 0; r < kSide; ++r) {
+      x[r] = sub(read(rows[r] + d), centre);
+      square[r] = fma(x[r], x[r], square[r]);
     }
-    __builtin_memcpy(points[i].grid, rounded, sizeof(points[i].grid));
+#pragma GCC unroll 8
+    for (int j = 0; j < kDirections; ++j) {
+      const V direction = read(plan.basis + j * plan.dim + d);
+#pragma GCC unroll 2
+      for (int r = 0; r < kSide; ++r) y[r][j] = fma(x[r], direction, y[r][j]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + W <= plan.dim; d += W) step(d, [](const float* p) { return load(p); });
+  if (d < plan.dim) step(d, [n = (int)(plan.dim - d)](const float* p) { return load_part(p, n); });
+#pragma GCC unroll 2
+  for (int r = 0; r < kSide; ++r) {
+    squares[r] = square[r];
+    direction_sums(y[r], coordinates[r]);
+  }
+}
+
+// Points of up to W rows: what follows from their sums is done for all of them at once.
+template <int kDirections>
+inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
+  constexpr int kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
+  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
+  alignas(64) float coordinates[W][kPlaces] = {};
+  V square[W], at[kDirections + 1];
+  for (int r = 0; r < W; r += kSide) {
+    const float* some[kSide];
+    for (int i = 0; i < kSide; ++i) {
+      some[i] = rows + (r + i < n ? r + i : n - 1) * ld;
+      fetch(rows + (r + i + kAhead) * ld, bytes);
+    }
+    if (r < n) row_sums<kDirections>(plan, some, square + r, coordinates + r);
+    else for (int i = 0; i < kSide; ++i) square[r + i] = set(0);
+  }
+  transpose(square);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) square[i] = add(square[i], square[i + half]);
+  const V norm = square[0];
+  V kept = set(0), block[W];
+  for (int first = 0; first < kDirections; first += W) {
+    for (int r = 0; r < W; ++r) block[r] = load(coordinates[r] + first);
+    transpose(block);
+    for (int j = first; j < first + W && j < kDirections; ++j) {
+      at[j] = block[j - first];
+      kept = fma(at[j], at[j], kept);
+    }
+  }
+  const V rest = max(sub(mul(norm, set(1.0f + plan.rest_rel)), kept), set(0));
+  const V length = at[kDirections] = mul(root(rest), set(1.0f + 5e-7f));
+  const V excess = max(sub(fma(length, length, kept), norm), set(0));
+
+  const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(plan.per_unit);
+  I step[2 * kMaxPairs];
+  for (int j = 0; j < 2 * kMaxPairs; ++j) step[j] = j <= kDirections ? to_steps(max(min(mul(at[j], scale), most), least)) : iset(0);
+  constexpr int kFields = sizeof(PanelQuery) / 4;
+  static_assert(kFields == kMaxPairs + 3 && kFields % 4 == 0, "pairs of coordinates, norm, excess and a place that is not used");
+  float fields[W][kPlaces];
+  for (int first = 0; first < kFields; first += W) {
+    for (int j = 0; j < W; ++j) {
+      const int field = first + j;
+      block[j] = field < kMaxPairs ? as_floats(pair_up(step[2 * field % (2 * kMaxPairs)], step[(2 * field + 1) % (2 * kMaxPairs)]))
+                 : field == kMaxPairs ? norm : field == kMaxPairs + 1 ? excess : set(0);
+    }
+    transpose(block);
+    for (int r = 0; r < W; ++r) store(fields[r] + first, block[r]);
+  }
+  for (int r = 0; r < n; ++r) __builtin_memcpy(out + r, fields[r], sizeof(PanelQuery));
+}
+
+void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, PanelQuery* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int some = n - i < W ? (int)(n - i) : W;
+    if (plan.directions == 4) project_rows<4>(plan, rows + i * ld, ld, some, out + i);
+    else project_rows<8>(plan, rows + i * ld, ld, some, out + i);
   }
 }
 
 void apply_covariance(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out) {
-  for (int j = 0; j < directions; ++j) {
-    const V y = set(direction_dot(row, centre, basis + j * dim, dim));
+  const auto centred = [&](int64_t d) { return sub(load(row + d), load(centre + d)); };
+  const int n = (int)(dim % W);
+  const int64_t whole = dim - n;
+  const V last = sub(load_part(row + whole, n), load_part(centre + whole, n));
+  for (int j = 0; j < directions; j += 4) {
+    const float* from = basis + j * dim;
     float* to = out + j * dim;
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) store(to + d, fma(y, sub(load(row + d), load(centre + d)), load(to + d)));
-    if (d < dim) {
-      const int n = (int)(dim - d);
-      store_part(to + d, fma(y, sub(load_part(row + d, n), load_part(centre + d, n)), load_part(to + d, n)), n);
+    V y[4] = {set(0), set(0), set(0), set(0)};
+    for (int64_t d = 0; d < whole; d += W) {
+      const V x = centred(d);
+      for (int i = 0; i < 4; ++i) y[i] = fma(x, load(from + i * dim + d), y[i]);
     }
+    for (int i = 0; n && i < 4; ++i) y[i] = fma(last, load_part(from + i * dim + whole, n), y[i]);
+    float sums[4];
+    four_sums(y, sums);
+    for (int i = 0; i < 4; ++i) y[i] = set(sums[i]);
+    for (int64_t d = 0; d < whole; d += W) {
+      const V x = centred(d);
+      for (int i = 0; i < 4; ++i) store(to + i * dim + d, fma(y[i], x, load(to + i * dim + d)));
+    }
+    for (int i = 0; n && i < 4; ++i) store_part(to + i * dim + whole, fma(y[i], last, load_part(to + i * dim + whole, n)), n);
   }
 }
 
@@ -290,19 +328,19 @@ uint64_t inspect(const float* row, int64_t dim, bool* finite) {
 }
 
 double centred_norm(const float* row, const float* centre, int64_t dim) {
-  double part[4] = {0, 0, 0, 0};
+  const double zeros[WD] = {};
+  D total = dload(zeros);
   int64_t d = 0;
-  for (; d + 4 <= dim; d += 4) {
-    for (int j = 0; j < 4; ++j) {
-      const double t = (double)row[d + j] - (double)centre[d + j];
-      part[j] += t * t;
-    }
+  for (; d + WD <= dim; d += WD) {
+    const D t = dsub(widen(row + d), widen(centre + d));
+    total = dfma(t, t, total);
   }
+  double square = dsum(total);
   for (; d < dim; ++d) {
     const double t = (double)row[d] - (double)centre[d];
-    part[0] += t * t;
+    square += t * t;
   }
-  return (part[0] + part[1]) + (part[2] + part[3]);
+  return square;
 }
 
 void accumulate(double* total, const float* row, int64_t dim) {
@@ -315,4 +353,4 @@ void accumulate(double* total, const float* row, int64_t dim) {
 #include "search_bytes.h"
 
 constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm,  dense,   bytes_or_null, to_bytes_or_null, few, settle_rows, panels,
-                            project, round_to_grid, apply_covariance, inspect, centred_norm, accumulate};
+                            project, apply_covariance, inspect, centred_norm, accumulate};

@@ -178,7 +178,7 @@ inline __attribute__((always_inline)) void score_on_grid(const int32_t* codes, c
 template <int kTwos, int kNear>
 inline void start_row(Batch<kTwos, kNear>& b, int r, const float* exact, const float* x, const PanelQuery& query) {
 #pragma GCC unroll 8
-  for (int j = 0; j < kTwos; ++j) b.q[j][r] = query.grid[j];
+  for (int j = 0; j < kTwos; ++j) __builtin_memcpy(&b.q[j][r], query.grid + 2 * j, sizeof(int32_t));
   b.norm[r] = query.norm;
   b.excess[r] = query.excess;
   b.upper[r] = __builtin_huge_valf();
