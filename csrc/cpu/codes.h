@@ -127,8 +127,8 @@ struct PanelBuild {
   PanelTree tree;
   double captured = 0;          // share of the variance in the principal directions
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
-  // Cell of a row in its panel's box: `bits` binary digits of each of the three widest coordinates.
-  int32_t place_in_panel(int32_t panel, const PanelQuery& row, int bits) const;
+  // Cell of each of n rows: its panel, then `bits` binary digits of each of the three widest coordinates of that panel's box.
+  void cells_of(const PanelQuery* rows, const int32_t* panel, int64_t n, int bits, int32_t* cell) const;
   std::vector<int32_t> order;   // searched codes in panel order
 
  private:

@@ -96,16 +96,18 @@ inline I imin(I a, I b) { return _mm512_min_epi32(a, b); }
 inline I imin_pairs(I a, I b) { return _mm512_min_epi16(a, b); }
 inline I imax_pairs(I a, I b) { return _mm512_max_epi16(a, b); }
 inline I isub_pairs(I a, I b) { return _mm512_sub_epi16(a, b); }
+inline I with_bits(I a, I which, I bits) { return _mm512_ternarylogic_epi32(a, which, bits, 0xBA); }  // (a & ~which) | bits
 inline I add_dots(I total, I a, I b) {  // of the pairs
 #if defined(__AVX512VNNI__)
-  return _mm512_dpwssd_epi32(total, a, b);
+  // As an intrinsic, GCC 12 copies accumulators around, and spills some.
+  asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+  return total;
 #else
   return _mm512_add_epi32(total, _mm512_madd_epi16(a, b));
 #endif
 }
 #if defined(__AVX512VNNI__)
 inline void add_byte_dots(I& total, I a, I b) {  // a without sign, b with
-  // As an intrinsic, GCC 12 copies each accumulator around and spills half of them.
   asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
 }
 inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }

@@ -50,6 +50,18 @@ void start_row(Row* row, const float* exact) {
   row->count = 0;
 }
 
+PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
+  PanelCounts total = {};
+  for (const PanelCounts& c : counts) {
+    total.rows += c.rows;
+    total.groups += c.groups;
+    total.panels += c.panels;
+    total.evaluations += c.evaluations;
+    total.candidates += c.candidates;
+  }
+  return total;
+}
+
 }  // namespace
 
 double distance_of(const ExactCodes& codes, const float* exact, double score) {
@@ -82,6 +94,34 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
 
 NearestSearch::~NearestSearch() = default;
 
+// What the pruned road does for rows that are evenly spaced, one by one.
+PanelCounts NearestSearch::pilot(const Rows& rows) const {
+  const int64_t n = std::min(rows.count, kPilotRows), dim = codes_.work().dim;
+  const PanelPlan& plan = panels_->plan;
+  std::vector<float> work(n * dim);
+  std::vector<const float*> exact;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* row = rows.row(i * rows.count / n);
+    if (work_row(codes_, row, &work[exact.size() * dim])) exact.push_back(row);
+  }
+  PanelQuery query[kPilotRows];
+  int32_t first[kPilotRows];
+  std::vector<PanelCounts> counts(kPilotRows);
+  kernels().project(plan, work.data(), dim, (int64_t)exact.size(), query);
+  panels_->tree.panels_of(query, (int64_t)exact.size(), first);
+  parallel_((int64_t)exact.size(), kPilotRows / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!(query[i].norm < (float)kWildSquare)) continue;  // NaN too
+      const int32_t zero = 0;
+      double score;
+      int64_t index;
+      kernels().panels(plan, codes_.exact(), exact[i], 0, &work[i * dim], 0, &query[i], &zero, &first[i], nullptr, 1, &score, &index,
+                       &counts[i]);
+    }
+  });
+  return sum_of(counts);
+}
+
 // What the pruned road costs, as a part of the dense one in floats; +inf where it has no panels. From the size and from counts on a few
 // rows, never from a clock: the same data takes the same road everywhere.
 double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wanted) {
@@ -90,34 +130,13 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
   panels_.reset(new PanelBuild(codes_, hints, parallel_));
   if (!panels_->worth_it) return INFINITY;
   if (wanted) return 0;
-  // A pilot: rows evenly spaced, one by one.
-  const int64_t n = std::min(rows.count, kPilotRows);
-  const int64_t work_dim = codes_.work().dim;
-  std::vector<float> work(n * work_dim);
-  std::vector<const float*> exact;
-  for (int64_t i = 0; i < n; ++i) {
-    const float* row = rows.row(i * rows.count / n);
-    if (work_row(codes_, row, &work[exact.size() * work_dim])) exact.push_back(row);
-  }
-  PanelCounts counts{};
-  const PanelPlan& plan = panels_->plan;
-  PanelQuery query[kPilotRows];
-  int32_t first[kPilotRows];
-  kernels().project(plan, work.data(), work_dim, (int64_t)exact.size(), query);
-  panels_->tree.panels_of(query, (int64_t)exact.size(), first);
-  for (size_t i = 0; i < exact.size(); ++i) {
-    if (!(query[i].norm < (float)kWildSquare)) continue;  // NaN too
-    const int32_t zero = 0;
-    double score;
-    int64_t index;
-    kernels().panels(plan, codes_.exact(), exact[i], 0, &work[i * work_dim], 0, &query[i], &zero, &first[i], nullptr, 1, &score, &index,
-                     &counts);
-  }
+  const PanelCounts counts = pilot(rows);
   if (counts.rows == 0) return INFINITY;
   // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
   // vectors of codes per pair of coordinates.
+  const PanelPlan& plan = panels_->plan;
   const double vectors = kPanel / 16.0;
-  const double panel = 2.0 * vectors * (plan.directions + 1) + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * (plan.directions + 1);
+  const double panel = 2.0 * vectors * plan.coordinates + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
   const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
   const double dense = (double)counts.rows * k * dim / 16.0;
@@ -325,10 +344,9 @@ void NearestSearch::sort(int64_t count, Block* block) const {
   while (bits < 3 && (panels << (3 * (bits + 1))) <= std::min<int64_t>(2 * count, INT32_MAX)) ++bits;
   std::vector<int32_t>& begin_of = block->begin_of;
   begin_of.assign((panels << (3 * bits)) + 1, 0);
+  panels_->cells_of(block->queries.get(), block->first.data(), count, bits, block->cell.data());
   for (int64_t i = 0; i < count; ++i) {
-    if (block->first[i] < 0) continue;
-    block->cell[i] = (block->first[i] << (3 * bits)) | panels_->place_in_panel(block->first[i], block->queries[i], bits);
-    ++begin_of[block->cell[i] + 1];
+    if (block->first[i] >= 0) ++begin_of[block->cell[i] + 1];
   }
   for (size_t p = 1; p < begin_of.size(); ++p) begin_of[p] += begin_of[p - 1];
   block->order.resize(begin_of.back());
@@ -360,13 +378,7 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
                        guess ? block.guess.data() : nullptr, (int64_t)block.order.size(), score + from, index + from, &counts[b]);
     }
   });
-  for (const PanelCounts& c : counts) {
-    report_.counts.rows += c.rows;
-    report_.counts.groups += c.groups;
-    report_.counts.panels += c.panels;
-    report_.counts.evaluations += c.evaluations;
-    report_.counts.candidates += c.candidates;
-  }
+  report_.counts = sum_of(counts);
   settle_always(rows, score, index);
 }
 

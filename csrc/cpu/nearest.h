@@ -26,6 +26,7 @@ class NearestSearch {
   const SearchReport& report() const { return report_; }
 
  private:
+  PanelCounts pilot(const Rows& rows) const;
   double panels_cost(const Rows& rows, const Hints& hints, bool wanted);
   double bytes_cost(const Rows& rows, bool wanted);
   void run_dense(const Rows& rows, double* score, int64_t* index);

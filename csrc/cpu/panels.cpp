@@ -13,8 +13,8 @@ namespace {
 constexpr double kUnitRoundoff = 0x1p-24;
 constexpr int64_t kBasisSample = 512;  // codes that the principal directions are estimated from: a quarter of them, this at most
 constexpr int64_t kBasisSampleLeast = 128;
-constexpr int kExtra = 4;              // directions iterated beyond those kept
-constexpr int kIterations = 3;
+constexpr int kExtra = 3;              // directions iterated beyond those kept
+constexpr int kIterations = 2;
 constexpr double kMargin = 1.5;        // how much larger than the sample's largest square others may be
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
 
@@ -148,7 +148,7 @@ class Splitter {
   // The coordinate of the largest variance in a sample.
   int widest(const Part& part) const {
     const int64_t step = std::max<int64_t>(1, part.count / 128);
-    float sum[kMaxBasis + 1] = {}, square[kMaxBasis + 1] = {};
+    float sum[kMaxCoordinates] = {}, square[kMaxCoordinates] = {};
     int64_t count = 0;
     const int16_t* origin = part.at[part.codes[0]].grid;
     for (int64_t i = 0; i < part.count; i += step, ++count) {
@@ -215,7 +215,7 @@ std::vector<const float*> PanelBuild::sample_codes(const Codes& codes, double* t
 void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>& sample, double total, const Hints& hints) {
   const int64_t dim = codes.work().dim;
   const float* centre = codes.centre().data();
-  const int directions = dim <= 4 ? 4 : 8;
+  const int directions = (dim < 4 ? 4 : kMaxCoordinates) - 1;
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim), padded = (std::max(iterated, directions) + 3) / 4 * 4;
   std::vector<double> rows((size_t)padded * dim, 0.0);
   const bool given = hints.basis && hints.directions >= directions;
@@ -230,27 +230,28 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
     for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
     std::fill(next.begin(), next.end(), 0.0f);
     for (const float* row : sample) kernels().apply_covariance(row, centre, current.data(), padded, dim, next.data());
-    // What lies along a direction: the sum of its products with the sample, squared.
-    double kept = 0;
-    for (int j = 0; j < directions; ++j)
-      for (int64_t d = 0; d < dim; ++d) kept += (double)current[j * dim + d] * next[j * dim + d];
-    captured = total > 0 ? kept / total : 0;
-    if (given) break;
     // Largest images first, so that the leading rows are the principal ones.
-    std::vector<double> length(iterated, 0.0);
-    for (int j = 0; j < iterated; ++j)
-      for (int64_t d = 0; d < dim; ++d) length[j] += (double)next[j * dim + d] * next[j * dim + d];
     std::vector<int> rank(iterated);
     std::iota(rank.begin(), rank.end(), 0);
-    std::stable_sort(rank.begin(), rank.end(), [&](int a, int b) { return length[a] > length[b]; });
-    for (int j = 0; j < iterated; ++j)
-      for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = next[rank[j] * dim + d];
-    orthonormalise(rows, iterated, dim);
+    if (!given) {
+      std::vector<double> length(iterated, 0.0);
+      for (int j = 0; j < iterated; ++j)
+        for (int64_t d = 0; d < dim; ++d) length[j] += (double)next[j * dim + d] * next[j * dim + d];
+      std::stable_sort(rank.begin(), rank.end(), [&](int a, int b) { return length[a] > length[b]; });
+      for (int j = 0; j < iterated; ++j)
+        for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = next[rank[j] * dim + d];
+      orthonormalise(rows, iterated, dim);
+    }
+    // An image is as long as the variance along its direction.
+    double kept = 0;
+    for (int j = 0; j < directions && j < iterated; ++j)
+      for (int64_t d = 0; d < dim; ++d) kept += rows[j * dim + d] * next[rank[j] * dim + d];
+    captured = total > 0 ? kept / total : 0;
   }
   basis_ = aligned_floats((directions + 1) * dim);
   for (int64_t i = 0; i < directions * dim; ++i) basis_[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
   std::copy(centre, centre + dim, basis_.get() + directions * dim);
-  plan.directions = directions;
+  plan.coordinates = directions + 1;
   plan.dim = dim;
   plan.basis = basis_.get();
   plan.centre = basis_.get() + directions * dim;
@@ -258,7 +259,7 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
 
 void PanelBuild::find_allowances(const Codes& codes) {
   const int64_t dim = plan.dim;
-  const int directions = plan.directions;
+  const int directions = plan.coordinates - 1;
   const double ops = kernels().ops_per_term, defect = orthonormality_defect(plan.basis, directions, dim);
   const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least two sums side by side
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
@@ -279,7 +280,7 @@ void PanelBuild::find_allowances(const Codes& codes) {
 void PanelBuild::find_grid(int64_t panel, const int16_t* low, const int16_t* high) {
   Grid& grid = grids_[panel];
   int extent[3] = {-1, -1, -1};
-  for (int j = 0; j <= plan.directions; ++j) {
+  for (int j = 0; j < plan.coordinates; ++j) {
     const int e = high[j] - low[j];
     for (int i = 0; i < 3; ++i) {
       if (!(e > extent[i])) continue;
@@ -294,17 +295,21 @@ void PanelBuild::find_grid(int64_t panel, const int16_t* low, const int16_t* hig
   }
 }
 
-int32_t PanelBuild::place_in_panel(int32_t panel, const PanelQuery& row, int bits) const {
-  const Grid& grid = grids_[panel];
+void PanelBuild::cells_of(const PanelQuery* rows, const int32_t* panel, int64_t n, int bits, int32_t* cell) const {
   const int32_t last = (1 << bits) - 1;
-  int32_t place = 0;
-  for (int i = 0; i < 3; ++i) {
-    const float at = (float)(row.grid[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * (float)(last + 1);
-    const int32_t step = (int32_t)std::max(0.0f, std::min((float)last, at));
-    // There and back, so that neighbours in the order are neighbours in the box.
-    place = (place << bits) | (step ^ (-(place & 1) & last));
+  const float cells = (float)(last + 1);
+  for (int64_t r = 0; r < n; ++r) {
+    if (panel[r] < 0) continue;
+    const Grid& grid = grids_[panel[r]];
+    int32_t place = panel[r];
+    for (int i = 0; i < 3; ++i) {
+      const float at = (float)(rows[r].grid[grid.coordinate[i]] - grid.low[i]) * grid.per_unit[i] * cells;
+      const int32_t step = (int32_t)std::max(0.0f, std::min((float)last, at));
+      // There and back, so that neighbours in the order are neighbours in the box.
+      place = (place << bits) | (step ^ (-(place & 1) & last));
+    }
+    cell[r] = place;
   }
-  return place;
 }
 
 void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
@@ -330,7 +335,7 @@ void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel
     tree.nodes[0] = {{0, 0}, 0, 0, 0};
     return;
   }
-  Splitter(points_.get(), order, plan.directions + 1, parallel).run(tree, panels);
+  Splitter(points_.get(), order, plan.coordinates, parallel).run(tree, panels);
   while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
 }
 
@@ -359,7 +364,7 @@ struct Box {
 }  // namespace
 
 void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
-  const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, pairs = plan.directions / 2 + 1;
+  const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, pairs = plan.coordinates / 2;
   const int64_t groups = (panels + kPanelGroup - 1) / kPanelGroup, blocks = (groups + kPanelGroup - 1) / kPanelGroup;
   const int64_t box = pairs * kPanelGroup;
   storage_ = aligned_ints(panels * kPanel * (pairs + 1) + (groups + blocks) * 2 * box);
@@ -372,7 +377,7 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
   id_.assign(panels * kPanel, 0);
   grids_.resize(panels);
   std::vector<Box> group_box(blocks * kPanelGroup);
-  parallel(groups, 4, [&](int64_t begin, int64_t end) {
+  parallel(groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       for (int i = 0; i < kPanelGroup; ++i) {
         Box all;
@@ -393,7 +398,7 @@ void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
           all.add(point, point);
           const Box::Places negated = -point;
           int32_t square = 0;
-          for (int j = 0; j < 2 * kMaxPairs; ++j) square += (int32_t)point[j] * point[j];
+          for (int j = 0; j < kMaxCoordinates; ++j) square += (int32_t)point[j] * point[j];
           for (int64_t j = 0; j < pairs; ++j) memcpy(to + j * kPanel, reinterpret_cast<const char*>(&negated) + 4 * j, 4);
           start[at] = square >> 1;
           id_[at] = codes.searched()[order[at]];

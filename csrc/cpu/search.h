@@ -7,8 +7,7 @@ namespace vqfast {
 
 constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
-constexpr int kMaxBasis = 8;     // principal directions at most; one more coordinate holds the norm of the rest
-constexpr int kMaxPairs = (kMaxBasis + 2) / 2;  // coordinates two by two, the last one 0
+constexpr int kMaxCoordinates = 10;   // coordinates of a point: principal ones, and the norm of the rest
 constexpr int kGrid = 7000;      // coordinates are integers of -kGrid..kGrid: 10 (2 kGrid)^2 < 2^31
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
@@ -85,9 +84,9 @@ struct PanelPlan {
   const int32_t* group_low;  // [Q16, pairs, 16] boxes of the groups
   const int32_t* group_high;
   int64_t panels_count, groups_count;
-  int directions;          // 4 or 8
+  int coordinates;              // of a point: 4 or 10
   const float* centre;     // [dim]
-  const float* basis;      // [directions, dim]
+  const float* basis;      // [coordinates - 1, dim]
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
   int64_t ld;
   int64_t dim;
@@ -105,7 +104,7 @@ struct PanelCounts {       // what a search did; for the choice of road, tests a
 };
 
 struct alignas(32) PanelQuery {  // a row or a code as project() gives it
-  int16_t grid[2 * kMaxPairs];  // principal coordinates and the norm of the rest, then 0
+  int16_t grid[kMaxCoordinates];  // principal coordinates and the norm of the rest, then 0
   float norm;              // |x - centre|^2
   float excess;            // what the coordinates' squares exceed it by, 0 at least
 };

@@ -93,10 +93,10 @@ void settle_rows(const ExactCodes& e, Row* rows, int row_count) {
 inline void compact(Row* row, float limit) {
   int kept = 0;
   for (int i = 0; i < row->count; ++i) {
-    if (row->score[i] < limit) {
-      row->candidate[kept] = row->candidate[i];
-      row->score[kept++] = row->score[i];
-    }
+    const float score = row->score[i];
+    row->candidate[kept] = row->candidate[i];
+    row->score[kept] = score;
+    kept += score < limit;
   }
   row->count = kept;
 }
@@ -184,32 +184,28 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
 
-inline void direction_sums(const V (&y)[4], float* out) { four_sums(y, out); }
-inline void direction_sums(const V (&y)[8], float* out) { eight_sums(y, out); }
+constexpr int kSide = W < 16 ? 1 : 2;  // rows that share a load of the directions; more would not stay in registers
+constexpr int kRowSums = (kMaxCoordinates + W - 1) / W * W;
 
-constexpr int kSide = W < 16 ? 1 : 2;          // rows that share a load of the directions; more would not stay in registers
-constexpr int kPlaces = W > kMaxBasis ? W : kMaxBasis;  // of a row's coordinates, in whole vectors
-
-// Sums of kSide rows: coordinates, and the squares still lane by lane.
-template <int kDirections>
-inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const float* const* rows, V* squares, float (*coordinates)[kPlaces]) {
-  V square[kSide], y[kSide][kDirections];
+// Sums of kSide rows: their coordinates, and their square in the last place.
+template <int kCoordinates>
+inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const float* const* rows, float (*out)[kRowSums]) {
+  constexpr int kSums = (kCoordinates + 3) / 4 * 4;
+  V y[kSide][kSums];
 #pragma GCC unroll 2
-  for (int r = 0; r < kSide; ++r) {
-    square[r] = set(0);
-#pragma GCC unroll 8
-    for (int j = 0; j < kDirections; ++j) y[r][j] = set(0);
-  }
+  for (int r = 0; r < kSide; ++r)
+#pragma GCC unroll 12
+    for (int j = 0; j < kSums; ++j) y[r][j] = set(0);
   const auto step = [&](int64_t d, auto read) {
     const V centre = read(plan.centre + d);
     V x[kSide];
 #pragma GCC unroll 2
     for (int r = 0; r < kSide; ++r) {
       x[r] = sub(read(rows[r] + d), centre);
-      square[r] = fma(x[r], x[r], square[r]);
+      y[r][kCoordinates - 1] = fma(x[r], x[r], y[r][kCoordinates - 1]);
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kDirections; ++j) {
+#pragma GCC unroll 12
+    for (int j = 0; j < kCoordinates - 1; ++j) {
       const V direction = read(plan.basis + j * plan.dim + d);
 #pragma GCC unroll 2
       for (int r = 0; r < kSide; ++r) y[r][j] = fma(x[r], direction, y[r][j]);
@@ -220,68 +216,58 @@ inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const
   if (d < plan.dim) step(d, [n = (int)(plan.dim - d)](const float* p) { return load_part(p, n); });
 #pragma GCC unroll 2
   for (int r = 0; r < kSide; ++r) {
-    squares[r] = square[r];
-    direction_sums(y[r], coordinates[r]);
+    if constexpr (kSums >= 8) eight_sums(y[r], out[r]);
+    if constexpr (kSums % 8 == 4) four_sums(y[r] + kSums - 4, out[r] + kSums - 4);
   }
 }
 
 // Points of up to W rows: what follows from their sums is done for all of them at once.
-template <int kDirections>
+template <int kCoordinates>
 inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
   constexpr int kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
   const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
-  alignas(64) float coordinates[W][kPlaces] = {};
-  V square[W], at[kDirections + 1];
-  for (int r = 0; r < W; r += kSide) {
+  alignas(64) float sums[W][kRowSums] = {};
+  for (int r = 0; r < n; r += kSide) {
     const float* some[kSide];
     for (int i = 0; i < kSide; ++i) {
       some[i] = rows + (r + i < n ? r + i : n - 1) * ld;
       fetch(rows + (r + i + kAhead) * ld, bytes);
     }
-    if (r < n) row_sums<kDirections>(plan, some, square + r, coordinates + r);
-    else for (int i = 0; i < kSide; ++i) square[r + i] = set(0);
+    row_sums<kCoordinates>(plan, some, sums + r);
   }
-  transpose(square);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) square[i] = add(square[i], square[i + half]);
-  const V norm = square[0];
-  V kept = set(0), block[W];
-  for (int first = 0; first < kDirections; first += W) {
-    for (int r = 0; r < W; ++r) block[r] = load(coordinates[r] + first);
+  V at[kCoordinates], block[W];
+  for (int first = 0; first < kCoordinates; first += W) {
+    for (int r = 0; r < W; ++r) block[r] = load(sums[r] + first);
     transpose(block);
-    for (int j = first; j < first + W && j < kDirections; ++j) {
-      at[j] = block[j - first];
-      kept = fma(at[j], at[j], kept);
-    }
+    for (int j = first; j < first + W && j < kCoordinates; ++j) at[j] = block[j - first];
   }
-  const V rest = max(sub(mul(norm, set(1.0f + plan.rest_rel)), kept), set(0));
-  const V length = at[kDirections] = mul(root(rest), set(1.0f + 5e-7f));
+  V kept = set(0);
+  for (int j = 0; j < kCoordinates - 1; ++j) kept = fma(at[j], at[j], kept);
+  const V norm = at[kCoordinates - 1], rest = max(sub(mul(norm, set(1.0f + plan.rest_rel)), kept), set(0));
+  const V length = at[kCoordinates - 1] = mul(root(rest), set(1.0f + 5e-7f));
   const V excess = max(sub(fma(length, length, kept), norm), set(0));
 
   const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(plan.per_unit);
-  I step[2 * kMaxPairs];
-  for (int j = 0; j < 2 * kMaxPairs; ++j) step[j] = j <= kDirections ? to_steps(max(min(mul(at[j], scale), most), least)) : iset(0);
-  constexpr int kFields = sizeof(PanelQuery) / 4;
-  static_assert(kFields == kMaxPairs + 3 && kFields % 4 == 0, "pairs of coordinates, norm, excess and a place that is not used");
-  float fields[W][kPlaces];
-  for (int first = 0; first < kFields; first += W) {
-    for (int j = 0; j < W; ++j) {
-      const int field = first + j;
-      block[j] = field < kMaxPairs ? as_floats(pair_up(step[2 * field % (2 * kMaxPairs)], step[(2 * field + 1) % (2 * kMaxPairs)]))
-                 : field == kMaxPairs ? norm : field == kMaxPairs + 1 ? excess : set(0);
-    }
-    transpose(block);
-    for (int r = 0; r < W; ++r) store(fields[r] + first, block[r]);
+  constexpr int kFields = sizeof(PanelQuery) / 4, kPairs = kMaxCoordinates / 2;
+  static_assert(kPairs + 2 <= kFields && kFields <= kRowSums, "pairs of coordinates, norm and excess");
+  V field[kFields + W];
+  for (int j = 0; j < kFields + W; ++j) field[j] = set(0);
+  for (int j = 0; j < kCoordinates; j += 2) {
+    const V low = max(min(mul(at[j], scale), most), least), high = max(min(mul(at[j + 1], scale), most), least);
+    field[j / 2] = as_floats(pair_up(to_steps(low), to_steps(high)));
   }
-  for (int r = 0; r < n; ++r) __builtin_memcpy(out + r, fields[r], sizeof(PanelQuery));
+  field[kPairs] = norm;
+  field[kPairs + 1] = excess;
+  for (int first = 0; first < kFields; first += W) {
+    transpose(field + first);
+    for (int r = 0; r < W; ++r) store(sums[r] + first, field[first + r]);
+  }
+  for (int r = 0; r < n; ++r) __builtin_memcpy(out + r, sums[r], sizeof(PanelQuery));
 }
 
 void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, PanelQuery* out) {
-  for (int64_t i = 0; i < n; i += W) {
-    const int some = n - i < W ? (int)(n - i) : W;
-    if (plan.directions == 4) project_rows<4>(plan, rows + i * ld, ld, some, out + i);
-    else project_rows<8>(plan, rows + i * ld, ld, some, out + i);
-  }
+  const auto some_rows = plan.coordinates == 4 ? project_rows<4> : project_rows<10>;
+  for (int64_t i = 0; i < n; i += W) some_rows(plan, rows + i * ld, ld, n - i < W ? (int)(n - i) : W, out + i);
 }
 
 void apply_covariance(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out) {

@@ -9,6 +9,7 @@ constexpr int kBatchRows = 32;
 constexpr int kPairs = 4;       // distances that are computed side by side
 constexpr int kChunk = 16;      // visits that are screened before their survivors are listed
 constexpr int kEnough = 64;     // survivors that are evaluated together
+constexpr int kFirst = 4;       // panels that follow one another in the tree, in which a row's first bound is looked for
 
 inline void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
@@ -132,6 +133,7 @@ inline void evaluate(Batch<kTwos, kNear>& b, const int32_t* row, const int32_t* 
     if (high[j] < b.upper[r]) {
       b.upper[r] = high[j];
       set_limits(b, r);
+      compact(&b.row[r], with_slack(plan, high[j]));
     }
     append(*b.exact, &b.row[r], code[j], low[j], with_slack(plan, b.upper[r]));
   }
@@ -212,23 +214,25 @@ inline void measure_rows(Batch<kTwos, kNear>& b) {
   }
 }
 
-// The most promising code of one panel for every row of a tile.
+// The most promising code of the kFirst panels about a tile's home, for each of its rows. The vector that a score comes from stands in
+// its last bits, which do not matter here: one search for the least then tells score and place.
 template <int kTwos, int kNear>
-inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t panel) {
+inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
+  constexpr int32_t kLast = kFirst * kPanel / W - 1;
   const PanelPlan& plan = *b.plan;
-  int32_t best[kNear];
-  for (int r = 0; r < kNear; ++r) best[r] = INT32_MAX;
-  for (int u = 0; u < kPanel; u += kUnit) {
+  const int64_t begin = home / kFirst * kFirst, end = begin + kFirst < plan.panels_count ? begin + kFirst : plan.panels_count;
+  I best[kNear];
+  for (int r = 0; r < kNear; ++r) best[r] = iset(INT32_MAX);
+  for (int64_t at = begin * kPanel; at < end * kPanel; at += kUnit) {
     I a[kNear], c[kNear];
-    score_on_grid<kTwos, kNear>(plan.panels + panel * kTwos * kPanel + u, plan.start + panel * kPanel + u, b.q[0] + tile * kNear, a, c);
+    score_on_grid<kTwos, kNear>(plan.panels + at / kPanel * kTwos * kPanel + at % kPanel, plan.start + at, b.q[0] + tile * kNear, a, c);
+    const I vector = iset((int32_t)(at - begin * kPanel) / W), next = iset((int32_t)(at - begin * kPanel) / W + 1);
 #pragma GCC unroll 8
-    for (int r = 0; r < kNear; ++r) {
-      const int32_t least = ismallest(imin(a[r], c[r]));
-      const uint32_t lanes = iequal(a[r], iset(least)) | (iequal(c[r], iset(least)) << W);
-      if (!(least < best[r])) continue;
-      best[r] = least;
-      b.first[tile * kNear + r] = plan.id[panel * kPanel + u + __builtin_ctz(lanes)];
-    }
+    for (int r = 0; r < kNear; ++r) best[r] = imin(best[r], imin(with_bits(a[r], iset(kLast), vector), with_bits(c[r], iset(kLast), next)));
+  }
+  for (int r = 0; r < kNear; ++r) {
+    const int32_t least = ismallest(best[r]), lane = __builtin_ctz(iequal(best[r], iset(least)));
+    if (least < INT32_MAX - kLast) b.first[tile * kNear + r] = plan.id[begin * kPanel + (least & kLast) * W + lane];
   }
 }
 
@@ -386,6 +390,7 @@ template <int kTwos, int kNear>
 inline void visit_others(Batch<kTwos, kNear>& b) {
   const PanelPlan& plan = *b.plan;
   const int64_t box = (int64_t)kTwos * kPanelGroup;
+  if (plan.groups_count == 1) return;
   for (int64_t block = 0; block * kPanelGroup < plan.groups_count; ++block) {
     uint32_t groups[b.kTiles];
     for (int t = 0; t < b.tiles; ++t) {
@@ -444,7 +449,6 @@ inline void settle(Batch<kTwos, kNear>& b) {
   int32_t alone[kBatchRows + kPairs];
   int n = 0;
   for (int r = 0; r < b.rows; ++r) {
-    if (b.row[r].count > 1) compact(&b.row[r], with_slack(*b.plan, b.upper[r]));
     b.counts.candidates += b.row[r].count;
     alone[n] = r;
     n += e.metric == kL2 && b.row[r].count == 1 && b.row[r].index == INT64_MAX;  // and none was settled before
@@ -516,7 +520,7 @@ void panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows,
             const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
             double* score, int64_t* index, PanelCounts* counts) {
   const bool crowded = n >= 8 * plan.panels_count;  // so that four rows in order lie close together
-  const auto search = plan.directions == 4 ? crowded ? search_batches<3, 4> : search_batches<3, 2>
-                                           : crowded ? search_batches<5, 4> : search_batches<5, 2>;
+  const auto search = plan.coordinates == 4 ? crowded ? search_batches<2, 4> : search_batches<2, 2>
+                                            : crowded ? search_batches<5, 4> : search_batches<5, 2>;
   search(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
 }
