@@ -276,9 +276,9 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   const int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(fitting, tiles_count / std::max(1, 2 * parallel_.threads)));
   const int64_t blocks = (tiles_count + per_block - 1) / per_block;
   std::vector<int64_t> settled(blocks, 0);
-  parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_.share(blocks, [&](auto next) {
     Tiles tiles(per_block * per_tile, dim, bytes_ != nullptr);
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t block = next(); block < blocks; block = next()) {
       const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
       const int64_t used = (last - first + per_tile - 1) / per_tile;
       for (int64_t i = 0; i < used * per_tile; ++i) fill(first + i < last ? rows.row(first + i) : nullptr, i, &tiles);
@@ -360,14 +360,14 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
   const int64_t per_block = std::max<int64_t>(256, std::min<int64_t>(together, (n + parallel_.threads - 1) / parallel_.threads));
   const int64_t blocks = (n + per_block - 1) / per_block;
   std::vector<PanelCounts> counts(blocks);
-  parallel_(blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_.share(blocks, [&](auto next) {
     Block block;
     block.queries.reset(new PanelQuery[per_block]);
     if (rows_need_work(codes_)) block.work.reset(new float[per_block * dim]);
     block.first.resize(per_block);
     block.cell.resize(per_block);
     if (guess) block.guess.resize(per_block);
-    for (int64_t b = begin; b < end; ++b) {
+    for (int64_t b = next(); b < blocks; b = next()) {
       const int64_t from = b * per_block, count = std::min(per_block, n - from);
       describe(rows, from, count, &block, score, index);
       sort(count, &block);

@@ -225,13 +225,12 @@ inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const
 template <int kCoordinates>
 inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
   constexpr int kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
-  const int64_t bytes = (plan.dim < 256 ? plan.dim : 256) * 4;
   alignas(64) float sums[W][kRowSums] = {};
   for (int r = 0; r < n; r += kSide) {
     const float* some[kSide];
     for (int i = 0; i < kSide; ++i) {
       some[i] = rows + (r + i < n ? r + i : n - 1) * ld;
-      fetch(rows + (r + i + kAhead) * ld, bytes);
+      fetch(rows + (r + i + kAhead) * ld, plan.dim);
     }
     row_sums<kCoordinates>(plan, some, sums + r);
   }

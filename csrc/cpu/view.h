@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include <atomic>
 #include <memory>
 #include <new>
 
@@ -41,6 +42,13 @@ struct Parallel {
           (*static_cast<F*>(context))(begin, end);
         },
         (void*)&body);
+  }
+
+  // body(next) on every thread, where next() gives the tasks 0..n-1, each to the thread that is free first, and n or more when none is left.
+  template <class F>
+  void share(int64_t n, F&& body) const {
+    std::atomic<int64_t> taken{0};
+    (*this)(n < threads ? n : threads, 1, [&](int64_t, int64_t) { body([&] { return taken.fetch_add(1, std::memory_order_relaxed); }); });
   }
 };
 
