@@ -104,6 +104,7 @@ inline I imin(I a, I b) { return _mm256_min_epi32(a, b); }
 inline I imin_pairs(I a, I b) { return _mm256_min_epi16(a, b); }
 inline I imax_pairs(I a, I b) { return _mm256_max_epi16(a, b); }
 inline I isub_pairs(I a, I b) { return _mm256_sub_epi16(a, b); }
+inline I half_difference(I a, I b) { return _mm256_srai_epi32(_mm256_sub_epi32(a, b), 1); }  // rounded down
 inline I with_bits(I a, I which, I bits) { return _mm256_or_si256(_mm256_andnot_si256(which, a), bits); }
 inline I add_dots(I total, I a, I b) { return _mm256_add_epi32(total, _mm256_madd_epi16(a, b)); }  // of the pairs
 inline uint32_t at_most(I a, I b) {

@@ -96,6 +96,7 @@ inline I imin(I a, I b) { return _mm512_min_epi32(a, b); }
 inline I imin_pairs(I a, I b) { return _mm512_min_epi16(a, b); }
 inline I imax_pairs(I a, I b) { return _mm512_max_epi16(a, b); }
 inline I isub_pairs(I a, I b) { return _mm512_sub_epi16(a, b); }
+inline I half_difference(I a, I b) { return _mm512_srai_epi32(_mm512_sub_epi32(a, b), 1); }  // rounded down
 inline I with_bits(I a, I which, I bits) { return _mm512_ternarylogic_epi32(a, which, bits, 0xBA); }  // (a & ~which) | bits
 inline I add_dots(I total, I a, I b) {  // of the pairs
 #if defined(__AVX512VNNI__)

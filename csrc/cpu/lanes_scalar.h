@@ -94,6 +94,7 @@ inline I imin(I a, I b) { return a < b ? a : b; }
 inline I imin_pairs(I a, I b) { return (I)((S)a < (S)b ? (S)a : (S)b); }
 inline I imax_pairs(I a, I b) { return (I)((S)a > (S)b ? (S)a : (S)b); }
 inline I isub_pairs(I a, I b) { return (I)((S)a - (S)b); }
+inline I half_difference(I a, I b) { return (a - b) >> 1; }  // rounded down
 inline I with_bits(I a, I which, I bits) { return (a & ~which) | bits; }
 inline I add_dots(I total, I a, I b) {  // of the pairs
 #if defined(__SSE2__)

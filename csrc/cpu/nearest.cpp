@@ -442,7 +442,7 @@ void nearest(const View& x, const View& codebook, Metric metric, const Hints* hi
         const int64_t batch = i / per_batch, last = std::min(end, (batch + 1) * per_batch);
         const int64_t to = (batch * groups + g - batch) * per_batch;  // row i of [B, N] is element to + i of [B, G, N]
         for (; i < last; ++i) {
-          distance[to + i] = (float)distance_of(codes, rows.row(i), score[i]);
+          distance[to + i] = (float)(metric == kCosine ? distance_of(codes, rows.row(i), score[i]) : score[i]);
           indices[to + i] = index[i];
         }
       }

@@ -219,10 +219,9 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim), padded = (std::max(iterated, directions) + 3) / 4 * 4;
   std::vector<double> rows((size_t)padded * dim, 0.0);
   const bool given = hints.basis && hints.directions >= directions;
-  uint64_t state = 88172645463325252ull;
-  for (int64_t i = 0; i < (given ? directions : iterated) * dim; ++i) {
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    rows[i] = !given ? (double)(int64_t)state : std::isfinite(hints.basis[i]) ? hints.basis[i] : 0.0;
+  for (int j = 0; j < (given ? directions : sample.empty() ? 0 : iterated); ++j) {
+    const float* row = given ? hints.basis + j * dim : sample[j * sample.size() / iterated];
+    for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = !given ? (double)row[d] - centre[d] : std::isfinite(row[d]) ? row[d] : 0.0;
   }
   orthonormalise(rows, given ? directions : iterated, dim);
   std::vector<float> current(padded * dim), next(padded * dim);

@@ -65,6 +65,21 @@ inline void set_limits(Batch<kTwos, kNear>& b, int r) {
   b.screen_limit[r] = (b.box_limit[r] - b.square[r]) >> 1;  // rounded down
 }
 
+// The same for all rows.
+template <int kTwos, int kNear>
+inline void set_all_limits(Batch<kTwos, kNear>& b) {
+  const PanelPlan& plan = *b.plan;
+  for (int r = 0; r < kBatchRows; r += W) {
+    const V upper = load(b.upper + r), code = add(load(b.length + r), root(upper));
+    const V far = fma(mul(set(plan.code_rel), code), code, add(upper, load(b.excess + r)));
+    const V steps = fma(root(far), set(plan.per_unit), set(plan.rounding));
+    const V limit = fma(mul(steps, steps), set(1.0f + 2e-6f), set(1.0f));
+    const I box = to_steps(min(limit, set(kNoLimit)));
+    istore(b.box_limit + r, box);
+    istore(b.screen_limit + r, half_difference(box, iload(b.square + r)));
+  }
+}
+
 inline float with_slack(const PanelPlan& plan, float upper) { return upper * (1.0f + 2e-7f) + plan.tiny; }
 
 // ---- distances ---------------------------------------------------------------------------------------------------------------
@@ -198,7 +213,6 @@ template <int kTwos, int kNear>
 inline void start_empty(Batch<kTwos, kNear>& b, int r) {
   for (int j = 0; j < kTwos; ++j) b.q[j][r] = 0;
   b.norm[r] = b.excess[r] = 0.0f;
-  b.box_limit[r] = b.screen_limit[r] = INT32_MIN;
   b.row[r].count = 0;
 }
 
@@ -237,33 +251,49 @@ inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
   }
 }
 
+// full_bounds of W squares at a time.
+inline void full_bounds(const PanelPlan& plan, V square, V* low, V* high) {
+  const V less = set(1.0f - plan.full_rel), more = set(1.0f + plan.full_rel), tiny = set(plan.tiny), radius = set(plan.radius);
+  if (plan.radius == 0.0f) {
+    *low = sub(mul(square, less), tiny);
+    *high = add(mul(square, more), tiny);
+    return;
+  }
+  const V length = root(square), inner = max(sub(mul(length, less), radius), set(0)), outer = add(mul(length, more), radius);
+  *low = mul(inner, inner);
+  *high = mul(outer, outer);
+}
+
 // Evaluates the first code of every row that has one: the only candidate so far.
 template <int kTwos, int kNear>
 inline void evaluate_first(Batch<kTwos, kNear>& b) {
   const PanelPlan& plan = *b.plan;
+  alignas(64) float square[kBatchRows] = {}, low[kBatchRows];
   for (int r0 = 0; r0 < b.rows; r0 += kPairs) {
     const float *x[kPairs], *c[kPairs];
-    float square[kPairs];
-#pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
-      const int r = r0 + j < b.rows ? r0 + j : r0;
+      const int r = r0 + j < b.rows ? r0 + j : 0;
       x[j] = b.x[r];
       c[j] = plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld;
     }
-    full_distances(x, c, plan.dim, square);
-    for (int j = 0; j < kPairs && r0 + j < b.rows; ++j) {
-      const int r = r0 + j;
-      const bool some = b.first[r] >= 0;
-      float low, high;
-      full_bounds(plan, square[j], &low, &high);
-      b.upper[r] = some ? high : __builtin_huge_valf();
-      b.row[r].candidate[0] = b.first[r];
-      b.row[r].score[0] = low;
-      b.row[r].count = some;
-    }
+    full_distances(x, c, plan.dim, square + r0);
+  }
+  for (int r = 0; r < kBatchRows; r += W) {
+    V least, upper;
+    full_bounds(plan, load(square + r), &least, &upper);
+    store(low + r, least);
+    store(b.upper + r, upper);
+  }
+  for (int r = 0; r < b.rows; ++r) {
+    const bool some = b.first[r] >= 0;
+    b.upper[r] = some ? b.upper[r] : __builtin_huge_valf();
+    b.row[r].candidate[0] = b.first[r];
+    b.row[r].score[0] = low[r];
+    b.row[r].count = some;
   }
   b.counts.evaluations += b.rows;
-  for (int r = 0; r < b.rows; ++r) set_limits(b, r);
+  set_all_limits(b);
+  for (int r = b.rows; r < kBatchRows; ++r) b.box_limit[r] = b.screen_limit[r] = INT32_MIN;
 }
 
 // ---- panels ------------------------------------------------------------------------------------------------------------------
