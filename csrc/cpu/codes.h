@@ -50,6 +50,10 @@ struct PanelTree {
   }
 };
 
+// Sums in four parts, which do not wait for one another; not the order of the contract.
+double product_of(const float* a, const float* b, int64_t dim);
+inline double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
+
 // A point that no outlier can move: coordinate by coordinate the median of three medians of three rows.
 constexpr int kCentreRows = 9;
 void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out);

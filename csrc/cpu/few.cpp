@@ -18,17 +18,6 @@ constexpr double kManyDirections = 8;       // measured: from about 5 on, panels
 constexpr int64_t kMostDims = 4096;         // beyond, a panel would leave the second-level cache
 constexpr double kTaskProducts = 0x1p20;    // coordinates of rows times codes that are worth a thread
 
-double product_of(const float* a, const float* b, int64_t dim) {
-  double part[4] = {0, 0, 0, 0};
-  int64_t d = 0;
-  for (; d + 4 <= dim; d += 4)
-    for (int j = 0; j < 4; ++j) part[j] += (double)a[d + j] * b[d + j];
-  for (; d < dim; ++d) part[0] += (double)a[d] * b[d];
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
-
 bool is_finite(const float* row, int64_t dim) {
   bool finite;
   kernels().inspect(row, dim, &finite);

@@ -33,9 +33,7 @@ bool work_row(const Codes& codes, const float* exact, float* out) {
     for (int64_t d = 0; d < dim; ++d) out[d] = exact[d] * codes.scale();
     return true;
   }
-  double square = 0;
-  for (int64_t d = 0; d < dim; ++d) square += (double)exact[d] * exact[d];
-  const double factor = square > 0 ? (double)codes.scale() / sqrt(square) : 0.0;
+  const double square = square_of(exact, dim), factor = square > 0 ? (double)codes.scale() / sqrt(square) : 0.0;
   for (int64_t d = 0; d < dim; ++d) out[d] = (float)(exact[d] * factor);
   if (codes.metric() == kDot) out[dim] = 0.0f;
   return square > 0;
@@ -245,10 +243,9 @@ void NearestSearch::fill(const float* exact, int64_t at, Tiles* tiles) const {
     if (!takes_part) *steps = {};
     slack = in_steps(*bytes_, steps);
   } else {
-    for (int64_t d = 0; takes_part && d < dim; ++d) {
-      work[d] = (float)((double)work[d] - (double)codes_.centre()[d]);
-      square += (double)work[d] * work[d];
-    }
+    const float* centre = codes_.centre().data();
+    for (int64_t d = 0; takes_part && d < dim; ++d) work[d] -= centre[d];
+    square = square_of(work, dim);
     takes_part = takes_part && square < kWildSquare;
     if (!takes_part) std::fill(tiles->work.begin(), tiles->work.end(), 0.0f);
     float* to = tiles->floats.get() + at / per_tile * per_tile * dim + at % per_tile;

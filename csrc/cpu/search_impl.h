@@ -164,13 +164,15 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
         score_unit(plan.panels + p * dim * kPanel + u, plan.start + p * kPanel + u, tiles + t * dim * kRows, dim, a, b);
         uint32_t under = 0;
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) under |= less(min(a[r], b[r]), set(limit[r]));
+        for (int r = 0; r < kRows; ++r) under |= (uint32_t)(less(min(a[r], b[r]), set(limit[r])) != 0) << r;
         if (__builtin_expect(under != 0, 0)) {
           const int64_t at = p * kPanel + u;
+          alignas(64) float scores[kRows][kUnit];
 #pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            if (less(min(a[r], b[r]), set(limit[r])))
-              collect(e, &rows[t * kRows + r], &limit[r], a[r], b[r], plan.slack + at, plan.id + at);
+          for (int r = 0; r < kRows; ++r) store(scores[r], a[r]), store(scores[r] + W, b[r]);
+          for (; under; under &= under - 1) {
+            const int r = __builtin_ctz(under);
+            collect(e, &rows[t * kRows + r], &limit[r], load(scores[r]), load(scores[r] + W), plan.slack + at, plan.id + at);
           }
         }
       }
