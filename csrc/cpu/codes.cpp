@@ -30,6 +30,8 @@ double quantile(std::vector<double> values, double q) {
   return values[at];
 }
 
+float median(float a, float b, float c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); }
+
 // sum c_d^2 as the contract evaluates it: ascending, each operation rounded once.
 double exact_norm(const float* c, int64_t dim) {
   double total = 0;
@@ -144,7 +146,6 @@ double product_of(const float* a, const float* b, int64_t dim) {
 }
 
 void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out) {
-  const auto median = [](float a, float b, float c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); };
   for (int64_t d = 0; d < dim; ++d) {
     float third[3];
     for (int i = 0; i < 3; ++i) third[i] = median(rows[3 * i][d], rows[3 * i + 1][d], rows[3 * i + 2][d]);
@@ -158,10 +159,15 @@ void Codes::find_centre() {
   centre_.assign(dim, 0.0f);
   if (searched_.empty()) return;
   const std::vector<int32_t> sample = sample_of(searched_, kSample);
-  const int64_t k = (int64_t)searched_.size();
-  const float* few[kCentreRows];
-  for (int64_t i = 0; i < kCentreRows; ++i) few[i] = work_.row(searched_[k < kCentreRows ? i % k : i * k / kCentreRows]);
-  centre_of(few, dim, centre_.data());
+  // Steps of the golden ratio: no period in the codes goes along with them.
+  std::vector<float> third(3 * dim);
+  uint32_t at = 0;
+  for (int i = 0; i < 3; ++i) {
+    const float* few[kCentreRows];
+    for (const float*& row : few) row = work_.row(searched_[((uint64_t)(at += 0x9E3779B9u) * searched_.size()) >> 32]);
+    centre_of(few, dim, &third[i * dim]);
+  }
+  for (int64_t d = 0; d < dim; ++d) centre_[d] = median(third[d], third[dim + d], third[2 * dim + d]);
   std::vector<double> square(sample.size());
   for (size_t i = 0; i < sample.size(); ++i) square[i] = kernels().centred_norm(work_.row(sample[i]), centre_.data(), dim);
   const double ordinary = 16 * quantile(square, 0.75);

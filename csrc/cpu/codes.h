@@ -54,7 +54,7 @@ struct PanelTree {
 double product_of(const float* a, const float* b, int64_t dim);
 inline double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
 
-// A point that no outlier can move: coordinate by coordinate the median of three medians of three rows.
+// A point that few outliers do not move: coordinate by coordinate the median of three medians of three rows.
 constexpr int kCentreRows = 9;
 void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out);
 
@@ -78,7 +78,6 @@ class Codes {
   // it), or unit vectors (cosine, and dot with one more coordinate).
   const Rows& work() const { return work_; }
   float scale() const { return scale_; }
-  double largest_norm() const { return largest_norm_; }  // dot: the norm that fills the extra coordinate
   const std::vector<int32_t>& searched() const { return searched_; }  // usable without always
   const std::vector<float>& centre() const { return centre_; }
   double typical_square() const { return typical_square_; }  // |code - centre|^2 that 3/4 of the codes stay under

@@ -84,7 +84,8 @@ int FewSearch::sample_codes(float* sample, int64_t most) const {
   return found;
 }
 
-// Any centre is valid, a good one makes the bounds tight. The same codes say how large codes are; false where that asks for scaling, which this road has not.
+// Any centre is valid, a good one makes the bounds tight. The same codes say how large codes are; false where that asks for scaling,
+// which this road has not.
 bool FewSearch::find_centre() {
   const int64_t dim = codes_.dim;
   std::vector<float> sample(kCentreRows * dim);

@@ -17,7 +17,6 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
-constexpr double kSurelyPanels = 0.2;  // a cost of panels that bytes do not reach
 
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -48,6 +47,9 @@ void start_row(Row* row, const float* exact) {
   row->count = 0;
 }
 
+// What bytes cost at least, as a part of the dense road in floats: 64 products an operation, then what 18 cost to bound 16 codes.
+double least_of_bytes(int64_t dim) { return (dim / 64.0 + 18 / 16.0) / (dim / 16.0); }
+
 PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
   PanelCounts total = {};
   for (const PanelCounts& c : counts) {
@@ -73,7 +75,7 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
   const double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
-  const double bytes = (road == Road::kAuto && panels > kSurelyPanels) || road == Road::kBytes ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
+  const double bytes = (road == Road::kAuto && panels > least_of_bytes(codes.work().dim)) || road == Road::kBytes ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
   report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;
   if (report_.road != Road::kBytes) bytes_.reset();
   if (report_.road != Road::kPanels) panels_.reset();
@@ -135,7 +137,8 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
   const PanelPlan& plan = panels_->plan;
   const double vectors = kPanel / 16.0;
   const double panel = 2.0 * vectors * plan.coordinates + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
-  const double pruned = counts.panels * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
+  const double first = (double)counts.rows * std::min<int64_t>(kFirstPanels, plan.panels_count);
+  const double pruned = (counts.panels + first) * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
   const double dense = (double)counts.rows * k * dim / 16.0;
   return pruned / (0.8 * dense);
@@ -160,8 +163,8 @@ double NearestSearch::bytes_cost(const Rows& rows, bool wanted) {
   run_dense(some, score.data(), index.data());
   const double settled = (double)report_.counts.candidates / n;
   report_.counts = {};
-  // Vector operations per row: 64 products each, then what 18 cost to bound 16 codes; a term of a settled code waits for the one before.
-  return (k * (dim / 64.0 + 18 / 16.0) + settled * (4.0 * dim + 32)) / (k * dim / 16.0);
+  // A term of a settled code waits for the one before.
+  return least_of_bytes(dim) + settled * (4.0 * dim + 32) / (k * dim / 16.0);
 }
 
 void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
@@ -375,6 +378,7 @@ void NearestSearch::run_panels(const Rows& rows, const int64_t* guess, double* s
                        guess ? block.guess.data() : nullptr, (int64_t)block.order.size(), score + from, index + from, &counts[b]);
     }
   });
+  counts.push_back(report_.counts);
   report_.counts = sum_of(counts);
   settle_always(rows, score, index);
 }

@@ -218,12 +218,13 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
   const int directions = (dim < 4 ? 4 : kMaxCoordinates) - 1;
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim), padded = (std::max(iterated, directions) + 3) / 4 * 4;
   std::vector<double> rows((size_t)padded * dim, 0.0);
-  const bool given = hints.basis && hints.directions >= directions;
-  for (int j = 0; j < (given ? directions : sample.empty() ? 0 : iterated); ++j) {
+  const int wanted = (int)std::min<int64_t>(directions, dim);
+  const bool given = hints.basis && hints.directions >= wanted;
+  for (int j = 0; j < (given ? wanted : sample.empty() ? 0 : iterated); ++j) {
     const float* row = given ? hints.basis + j * dim : sample[j * sample.size() / iterated];
     for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = !given ? (double)row[d] - centre[d] : std::isfinite(row[d]) ? row[d] : 0.0;
   }
-  orthonormalise(rows, given ? directions : iterated, dim);
+  orthonormalise(rows, given ? wanted : iterated, dim);
   std::vector<float> current(padded * dim), next(padded * dim);
   for (int step = 0; step < (given ? 1 : kIterations); ++step) {
     for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
@@ -243,7 +244,7 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
     }
     // An image is as long as the variance along its direction.
     double kept = 0;
-    for (int j = 0; j < directions && j < iterated; ++j)
+    for (int j = 0; j < wanted; ++j)
       for (int64_t d = 0; d < dim; ++d) kept += rows[j * dim + d] * next[rank[j] * dim + d];
     captured = total > 0 ? kept / total : 0;
   }
@@ -260,7 +261,7 @@ void PanelBuild::find_allowances(const Codes& codes) {
   const int64_t dim = plan.dim;
   const int directions = plan.coordinates - 1;
   const double ops = kernels().ops_per_term, defect = orthonormality_defect(plan.basis, directions, dim);
-  const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least two sums side by side
+  const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least four sums side by side
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
   plan.rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
   plan.rounding = 2 * 0.503f * sqrtf((float)(directions + 1));

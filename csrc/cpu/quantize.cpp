@@ -69,7 +69,9 @@ double finish_rows(const ExactCodes& codes, const Rows& rows, const bool* mask, 
         const float* code = codes.codes + index[i] * codes.ld;
         kept[i] = valid ? index[i] : -1;
         bad[b] += !masked && !valid;
-        if (valid) error[b] += codes.metric == kL2 ? score[i] : squared_error(rows.row(i), code, rows.dim);
+        // A score may be a sum in another order, which float32 does not tell from the formula's: so that blocks of rows and threads do
+        // not show in the total, it is float32 that is added.
+        if (valid) error[b] += codes.metric == kL2 ? (double)(float)score[i] : squared_error(rows.row(i), code, rows.dim);
         write(i, masked, valid ? code : nullptr);
       }
     }

@@ -7,6 +7,7 @@ namespace vqfast {
 
 constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
+constexpr int kFirstPanels = 4;  // that follow one another in the tree, in which a row's first bound is looked for
 constexpr int kMaxCoordinates = 10;   // coordinates of a point: principal ones, and the norm of the rest
 constexpr int kGrid = 7000;      // coordinates are integers of -kGrid..kGrid: 10 (2 kGrid)^2 < 2^31
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
@@ -28,7 +29,7 @@ struct ExactCodes {
 struct Row {
   const float* exact;      // [D] as given
   double best;             // best score so far by the contract's formula; +inf before
-  int64_t index;           // its code; -1 before
+  int64_t index;           // its code; INT64_MAX before
   float slack;             // dense road: rounding allowance of this row
   int count;
   int32_t candidate[kCandidates];  // codes (original index)
@@ -84,7 +85,7 @@ struct PanelPlan {
   const int32_t* group_low;  // [Q16, pairs, 16] boxes of the groups
   const int32_t* group_high;
   int64_t panels_count, groups_count;
-  int coordinates;              // of a point: 4 or 10
+  int coordinates;         // of a point: 4 or 10
   const float* centre;     // [dim]
   const float* basis;      // [coordinates - 1, dim]
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
@@ -139,7 +140,7 @@ struct Kernels {
   void (*project)(const PanelPlan&, const float* rows, int64_t ld, int64_t n, PanelQuery* out);
   // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d). directions is a multiple of four.
   void (*apply_covariance)(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out);
-  // hash of the values of a row (equal values, equal hash); norm of (row - centre) in float; finite or not
+  // hash of the values of a row (equal values, equal hash), and whether they are finite; |row - centre|^2
   uint64_t (*inspect)(const float* row, int64_t dim, bool* finite);
   double (*centred_norm)(const float* row, const float* centre, int64_t dim);
   // total[d] += row[d]

@@ -249,16 +249,17 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
   const V excess = max(sub(fma(length, length, kept), norm), set(0));
 
   const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(plan.per_unit);
-  constexpr int kFields = sizeof(PanelQuery) / 4, kPairs = kMaxCoordinates / 2;
-  static_assert(kPairs + 2 <= kFields && kFields <= kRowSums, "pairs of coordinates, norm and excess");
+  constexpr int kFields = sizeof(PanelQuery) / 4, kWords = kMaxCoordinates / 2;  // words of a point, and those of its coordinates
+  static_assert(__builtin_offsetof(PanelQuery, norm) == 4 * kWords && __builtin_offsetof(PanelQuery, excess) == 4 * kWords + 4 &&
+                    kFields <= kRowSums, "coordinates, norm and excess");
   V field[kFields + W];
   for (int j = 0; j < kFields + W; ++j) field[j] = set(0);
   for (int j = 0; j < kCoordinates; j += 2) {
     const V low = max(min(mul(at[j], scale), most), least), high = max(min(mul(at[j + 1], scale), most), least);
     field[j / 2] = as_floats(pair_up(to_steps(low), to_steps(high)));
   }
-  field[kPairs] = norm;
-  field[kPairs + 1] = excess;
+  field[kWords] = norm;
+  field[kWords + 1] = excess;
   for (int first = 0; first < kFields; first += W) {
     transpose(field + first);
     for (int r = 0; r < W; ++r) store(sums[r] + first, field[first + r]);

@@ -1,6 +1,6 @@
 // The pruned road of one SIMD level; included by search_impl.h.
 //
-// Rows are searched kBatchRows at a time, in steps: a first bound for each row from its home panel, boxes that say which panels to
+// Rows are searched kBatchRows at a time, in steps: a first bound for each row from the panels about its home, boxes that say which panels to
 // visit, principal coordinates that say which of their codes survive, distances in float32 of those, and the contract's formula
 // for what is then still in reach. Each step is taken for all rows of a batch before the next: a branch that waits for a step's
 // result would stop the processor from overlapping the rows, but by the time all rows have taken a step the first results are there.
@@ -9,7 +9,6 @@ constexpr int kBatchRows = 32;
 constexpr int kPairs = 4;       // distances that are computed side by side
 constexpr int kChunk = 16;      // visits that are screened before their survivors are listed
 constexpr int kEnough = 64;     // survivors that are evaluated together
-constexpr int kFirst = 4;       // panels that follow one another in the tree, in which a row's first bound is looked for
 
 // The start of a row; the processor itself goes on from there.
 inline void fetch(const float* row, int64_t dim) {
@@ -229,13 +228,13 @@ inline void measure_rows(Batch<kTwos, kNear>& b) {
   }
 }
 
-// The most promising code of the kFirst panels about a tile's home, for each of its rows. The vector that a score comes from stands in
+// The most promising code of the kFirstPanels panels about a tile's home, for each of its rows. The vector that a score comes from stands in
 // its last bits, which do not matter here: one search for the least then tells score and place.
 template <int kTwos, int kNear>
 inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
-  constexpr int32_t kLast = kFirst * kPanel / W - 1;
+  constexpr int32_t kLast = kFirstPanels * kPanel / W - 1;
   const PanelPlan& plan = *b.plan;
-  const int64_t begin = home / kFirst * kFirst, end = begin + kFirst < plan.panels_count ? begin + kFirst : plan.panels_count;
+  const int64_t begin = home / kFirstPanels * kFirstPanels, end = begin + kFirstPanels < plan.panels_count ? begin + kFirstPanels : plan.panels_count;
   I best[kNear];
   for (int r = 0; r < kNear; ++r) best[r] = iset(INT32_MAX);
   for (int64_t at = begin * kPanel; at < end * kPanel; at += kUnit) {

@@ -63,11 +63,13 @@ DATA = {"isotropic": isotropic, "screened": screened}
 def products(found) -> float:
     """Work of a search in products of one row's coordinate with one code's, each part at least as dear as it is.
 
-    A panel is 32 codes of at most 9 coordinates and a start, a group the boxes of 16 panels, low and high; a comparison in
-    all coordinates and a decision in float64, which handles half as many numbers at once and in a fixed order, carry overheads.
+    A panel is 32 codes of at most 10 coordinates and a start, and up to 4 are looked through for a first bound; a group is the
+    boxes of 16 panels, low and high; a comparison in all coordinates and a decision in float64, which handles half as many
+    numbers at once and in a fixed order, carry overheads.
     """
     dense = found.rows * found.searched * DIM if found.road in ("dense", "bytes", "few") else 0
-    panels = 32 * 10 * found.panels + 16 * 2 * 10 * (found.groups + found.rows * (found.panels_of_codebook / 256 + 1))
+    first = found.rows * min(4, found.panels_of_codebook)
+    panels = 32 * 11 * (found.panels + first) + 16 * 2 * 10 * (found.groups + found.rows * (found.panels_of_codebook / 256 + 1))
     decisions = found.candidates + found.rows * found.always
     return dense + (panels if found.road == "panels" else 0) + (DIM + 32) * found.evaluations + 4 * DIM * decisions
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from check import METRIC_CODE, METRICS, op, put, same, same_bits
 
+from vqfast import _backends
+
 pytestmark = pytest.mark.quick
 GROUPS, CODES, ROWS, DIM = 2, 700, 150, 24
 BIG = 2**62
@@ -172,3 +174,50 @@ def test_a_guess_may_name_a_code_without_a_direction(metric):
     same(nearest(*arguments, torch.full((1, 1, 4096), 7))[1], without[1])
     sample = slice(None, None, 64)
     same(without[1][0, 0, sample], oracle.nearest(x[sample], codebook, metric).indices)
+
+
+MANY, PRUNED_CODES = 4096, 2048  # sizes that take the pruned road
+
+
+@lru_cache(maxsize=None)
+def pruned():
+    """Rows and codes near a plane, some codes twice, one far out."""
+    x, codebook = plane(MANY, 80), plane(PRUNED_CODES, 82)
+    codebook[1000:1100] = codebook[:100]
+    codebook[77] = 1e30
+    assert _backends.search_counts(x, codebook).road == "panels"
+    return x[None, None], codebook[None]
+
+
+def bases_for_panels():
+    codebook = pruned()[1]
+    codes = codebook[0].clamp(-10, 10)
+    axes = torch.linalg.svd(codes - codes.mean(0), full_matrices=False).Vh[None]
+    nine = axes[:, :9]
+    return {
+        "principal_9": nine,
+        "all": axes,
+        "the_least": axes.flip(1)[:, :9],
+        "slightly_long": nine * 1.01,
+        "oblique": nine + 1e-3 * cases.normal(1, 9, DIM, seed=83),
+        "random": cases.normal(1, 9, DIM, seed=84),
+        "three_times_three": nine[:, :3].repeat(1, 3, 1),
+        "five_are_zero": torch.cat([nine[:, :4], torch.zeros(1, 5, DIM)], 1),
+        "one_nan": nine.index_fill(2, torch.tensor([3]), torch.nan),
+        "huge": nine * 1e30,
+        "zero": torch.zeros(1, 9, DIM),
+    }
+
+
+def test_hints_on_the_pruned_road():
+    x, codebook = pruned()
+    nearest = op("nearest", "cpu")
+    plain = nearest(x, codebook, 0, None, None, None)
+    sample = slice(None, None, 32)
+    wanted = oracle.nearest(x[:, :, sample], codebook)
+    same(plain[1][:, :, sample], wanted.indices), same(plain[0][:, :, sample], wanted.distance)
+    guesses = [None, plain[1], torch.full_like(plain[1], 77), plain[1] + 1000, torch.zeros_like(plain[1])]
+    for at, (name, basis) in enumerate(bases_for_panels().items()):
+        for guess in (None, guesses[at % len(guesses)]):
+            found = nearest(x, codebook, 0, None, basis.contiguous(), guess)
+            same(found[1], plain[1], name), same(found[0], plain[0], name)
