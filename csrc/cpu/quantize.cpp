@@ -53,6 +53,13 @@ double squared_error(const float* x, const float* c, int64_t dim) {
   return total;
 }
 
+// A score may be a sum in another order, which float32 does not tell from the formula's: so that blocks of rows and threads do not show
+// in a total, it is float32 that is added wherever the score has one.
+double settled_error(double score) {
+  const float rounded = (float)score;
+  return isfinite(rounded) ? rounded : score;
+}
+
 // What follows the search of one group: called for every row in turn with its code's values (null: masked or not finite).
 // Returns the error summed over blocks in order, and keeps in `kept` the code of rows that count (-1 otherwise).
 template <class Write>
@@ -69,9 +76,7 @@ double finish_rows(const ExactCodes& codes, const Rows& rows, const bool* mask, 
         const float* code = codes.codes + index[i] * codes.ld;
         kept[i] = valid ? index[i] : -1;
         bad[b] += !masked && !valid;
-        // A score may be a sum in another order, which float32 does not tell from the formula's: so that blocks of rows and threads do
-        // not show in the total, it is float32 that is added.
-        if (valid) error[b] += codes.metric == kL2 ? (double)(float)score[i] : squared_error(rows.row(i), code, rows.dim);
+        if (valid) error[b] += codes.metric == kL2 ? settled_error(score[i]) : squared_error(rows.row(i), code, rows.dim);
         write(i, masked, valid ? code : nullptr);
       }
     }
