@@ -136,15 +136,6 @@ void Codes::make_unit(const Parallel& parallel) {
   });
 }
 
-double product_of(const float* a, const float* b, int64_t dim) {
-  double part[4] = {0, 0, 0, 0};
-  int64_t d = 0;
-  for (; d + 4 <= dim; d += 4)
-    for (int j = 0; j < 4; ++j) part[j] += (double)a[d + j] * b[d + j];
-  for (; d < dim; ++d) part[0] += (double)a[d] * b[d];
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
 void centre_of(const float* const (&rows)[kCentreRows], int64_t dim, float* out) {
   for (int64_t d = 0; d < dim; ++d) {
     float third[3];

@@ -51,7 +51,15 @@ struct PanelTree {
 };
 
 // Sums in four parts, which do not wait for one another; not the order of the contract.
-double product_of(const float* a, const float* b, int64_t dim);
+template <class T>
+double product_of(const T* a, const T* b, int64_t dim) {
+  double part[4] = {};
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4)
+    for (int j = 0; j < 4; ++j) part[j] += (double)a[d + j] * b[d + j];
+  for (; d < dim; ++d) part[0] += (double)a[d] * b[d];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
 inline double square_of(const float* row, int64_t dim) { return product_of(row, row, dim); }
 
 // A point that few outliers do not move: coordinate by coordinate the median of three medians of three rows.
@@ -139,7 +147,7 @@ struct PanelBuild {
   void find_basis(const Codes&, const std::vector<const float*>& sample, double total, const Hints&);
   void find_allowances(const Codes&);
   void project_codes(const Codes&, const Parallel&);
-  void find_order(const Hints&, const Codes&, const Parallel&);
+  void find_order(const Parallel&);
   void fill_panels(const Codes&, const Parallel&);
 
   struct Grid {

@@ -50,6 +50,14 @@ void start_row(Row* row, const float* exact) {
 // What bytes cost at least, as a part of the dense road in floats: 64 products an operation, then what 18 cost to bound 16 codes.
 double least_of_bytes(int64_t dim) { return (dim / 64.0 + 18 / 16.0) / (dim / 16.0); }
 
+// distance of a score: the contract's line 1.
+double distance_of(const ExactCodes& codes, const float* exact, double score) {
+  if (codes.metric != kCosine || isnan(score)) return score;
+  double norm = 0;
+  for (int64_t d = 0; d < codes.dim; ++d) norm += (double)exact[d] * (double)exact[d];
+  return norm > 0 ? 1.0 + score / sqrt(norm) : 1.0;
+}
+
 PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
   PanelCounts total = {};
   for (const PanelCounts& c : counts) {
@@ -64,18 +72,12 @@ PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
 
 }  // namespace
 
-double distance_of(const ExactCodes& codes, const float* exact, double score) {
-  if (codes.metric != kCosine || isnan(score)) return score;
-  double norm = 0;
-  for (int64_t d = 0; d < codes.dim; ++d) norm += (double)exact[d] * (double)exact[d];
-  return norm > 0 ? 1.0 + score / sqrt(norm) : 1.0;
-}
-
 NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
   const double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
-  const double bytes = (road == Road::kAuto && panels > least_of_bytes(codes.work().dim)) || road == Road::kBytes ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
+  const bool bytes_may_win = road == Road::kBytes || (road == Road::kAuto && panels > least_of_bytes(codes.work().dim));
+  const double bytes = bytes_may_win ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
   report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;
   if (report_.road != Road::kBytes) bytes_.reset();
   if (report_.road != Road::kPanels) panels_.reset();
@@ -443,7 +445,7 @@ void nearest(const View& x, const View& codebook, Metric metric, const Hints* hi
         const int64_t batch = i / per_batch, last = std::min(end, (batch + 1) * per_batch);
         const int64_t to = (batch * groups + g - batch) * per_batch;  // row i of [B, N] is element to + i of [B, G, N]
         for (; i < last; ++i) {
-          distance[to + i] = (float)(metric == kCosine ? distance_of(codes, rows.row(i), score[i]) : score[i]);
+          distance[to + i] = (float)distance_of(codes, rows.row(i), score[i]);
           indices[to + i] = index[i];
         }
       }

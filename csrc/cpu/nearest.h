@@ -52,9 +52,6 @@ class NearestSearch {
 void search_rows(const ExactCodes& codes, int64_t codes_count, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road,
                  double* score, int64_t* index, SearchReport* report);
 
-// distance of a score: the contract's line 1.
-double distance_of(const ExactCodes& codes, const float* exact_row, double score);
-
 void nearest(const View& x, const View& codebook, Metric metric, const Hints* hints_per_group, float* distance, int64_t* indices,
              const Parallel& parallel, Road road, SearchReport* report);
 

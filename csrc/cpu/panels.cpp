@@ -18,15 +18,6 @@ constexpr int kIterations = 2;
 constexpr double kMargin = 1.5;        // how much larger than the sample's largest square others may be
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
 
-double product(const double* a, const double* b, int64_t dim) {
-  double part[4] = {};  // sums that do not wait for one another
-  int64_t d = 0;
-  for (; d + 4 <= dim; d += 4)
-    for (int i = 0; i < 4; ++i) part[i] += a[d + i] * b[d + i];
-  for (; d < dim; ++d) part[0] += a[d] * b[d];
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
 // Rows made orthonormal in double, in place; a row that vanishes becomes zero.
 void orthonormalise(std::vector<double>& rows, int count, int64_t dim) {
   for (int i = 0; i < count; ++i) {
@@ -34,11 +25,11 @@ void orthonormalise(std::vector<double>& rows, int count, int64_t dim) {
     for (int pass = 0; pass < 2; ++pass) {
       for (int j = 0; j < i; ++j) {
         const double* other = rows.data() + j * dim;
-        const double dot = product(row, other, dim);
+        const double dot = product_of(row, other, dim);
         for (int64_t d = 0; d < dim; ++d) row[d] -= dot * other[d];
       }
     }
-    const double norm = sqrt(product(row, row, dim)), factor = norm > 1e-30 ? 1.0 / norm : 0.0;
+    const double norm = sqrt(product_of(row, row, dim)), factor = norm > 1e-30 ? 1.0 / norm : 0.0;
     for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
   }
 }
@@ -48,8 +39,7 @@ double orthonormality_defect(const float* rows, int count, int64_t dim) {
   double total = 0;
   for (int i = 0; i < count; ++i) {
     for (int j = i; j < count; ++j) {
-      double dot = 0;
-      for (int64_t d = 0; d < dim; ++d) dot += (double)rows[i * dim + d] * rows[j * dim + d];
+      const double dot = product_of(rows + i * dim, rows + j * dim, dim);
       if (i == j && dot == 0) continue;
       const double off = dot - (i == j ? 1.0 : 0.0);
       total += (i == j ? 1 : 2) * off * off;
@@ -186,7 +176,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   if (captured < kWorthIt) return;
   worth_it = true;
   project_codes(codes, parallel);
-  find_order(hints, codes, parallel);
+  find_order(parallel);
   fill_panels(codes, parallel);
 }
 
@@ -328,7 +318,7 @@ void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
     if (points_[i].norm < (float)kFarSquare) order.push_back((int32_t)i);
 }
 
-void PanelBuild::find_order(const Hints&, const Codes&, const Parallel& parallel) {
+void PanelBuild::find_order(const Parallel& parallel) {
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel;
   tree.nodes.resize(std::max<int64_t>(1, 2 * panels - 1));
   if (panels == 0) {

@@ -1,7 +1,7 @@
 // The pruned road of one SIMD level; included by search_impl.h.
 //
-// Rows are searched kBatchRows at a time, in steps: a first bound for each row from the panels about its home, boxes that say which panels to
-// visit, principal coordinates that say which of their codes survive, distances in float32 of those, and the contract's formula
+// Rows are searched kBatchRows at a time, in steps: a first bound for each row from the panels about its home, boxes that say which
+// panels to visit, principal coordinates that say which of their codes survive, distances in float32 of those, and the contract's formula
 // for what is then still in reach. Each step is taken for all rows of a batch before the next: a branch that waits for a step's
 // result would stop the processor from overlapping the rows, but by the time all rows have taken a step the first results are there.
 
@@ -14,6 +14,17 @@ constexpr int kEnough = 64;     // survivors that are evaluated together
 inline void fetch(const float* row, int64_t dim) {
   for (int64_t d = 0; d < (dim < 64 ? dim : 64); d += 16) __builtin_prefetch(row + d);
 }
+
+// So that a bound is written once, for one row and for W of them.
+inline float add(float a, float b) { return a + b; }
+inline float sub(float a, float b) { return a - b; }
+inline float mul(float a, float b) { return a * b; }
+inline float fma(float a, float b, float c) { return a * b + c; }
+inline float root(float a) { return __builtin_sqrtf(a); }
+inline float min(float a, float b) { return a < b ? a : b; }
+inline float max(float a, float b) { return a > b ? a : b; }
+inline float like(float, float a) { return a; }
+inline V like(V, float a) { return set(a); }
 
 struct Survivor {
   int32_t row, code, score;
@@ -50,30 +61,25 @@ struct Batch {
 
 // What squared distances of grid points may be where the true one is `upper` at most. None of them reaches kNoLimit.
 constexpr float kNoLimit = 2147483520.0f;
-inline int32_t grid_limit(const PanelPlan& plan, float upper, float length, float excess) {
-  const float code = length + __builtin_sqrtf(upper);  // |c| <= |x| + |x - c|
-  const float far = upper + excess + plan.code_rel * code * code;
-  const float steps = __builtin_sqrtf(far) * plan.per_unit + plan.rounding;
-  const float limit = steps * steps * (1.0f + 2e-6f) + 1.0f;
-  return (int32_t)(limit < kNoLimit ? limit : kNoLimit);
+template <class T>
+inline T grid_limit(const PanelPlan& plan, T upper, T length, T excess) {
+  const T code = add(length, root(upper));  // |c| <= |x| + |x - c|
+  const T far = fma(mul(like(code, plan.code_rel), code), code, add(upper, excess));
+  const T steps = fma(root(far), like(far, plan.per_unit), like(far, plan.rounding));
+  return min(fma(mul(steps, steps), like(steps, 1.0f + 2e-6f), like(steps, 1.0f)), like(steps, kNoLimit));
 }
 
 template <int kTwos, int kNear>
 inline void set_limits(Batch<kTwos, kNear>& b, int r) {
-  b.box_limit[r] = grid_limit(*b.plan, b.upper[r], b.length[r], b.excess[r]);
+  b.box_limit[r] = (int32_t)grid_limit(*b.plan, b.upper[r], b.length[r], b.excess[r]);
   b.screen_limit[r] = (b.box_limit[r] - b.square[r]) >> 1;  // rounded down
 }
 
 // The same for all rows.
 template <int kTwos, int kNear>
 inline void set_all_limits(Batch<kTwos, kNear>& b) {
-  const PanelPlan& plan = *b.plan;
   for (int r = 0; r < kBatchRows; r += W) {
-    const V upper = load(b.upper + r), code = add(load(b.length + r), root(upper));
-    const V far = fma(mul(set(plan.code_rel), code), code, add(upper, load(b.excess + r)));
-    const V steps = fma(root(far), set(plan.per_unit), set(plan.rounding));
-    const V limit = fma(mul(steps, steps), set(1.0f + 2e-6f), set(1.0f));
-    const I box = to_steps(min(limit, set(kNoLimit)));
+    const I box = to_steps(grid_limit(*b.plan, load(b.upper + r), load(b.length + r), load(b.excess + r)));
     istore(b.box_limit + r, box);
     istore(b.screen_limit + r, half_difference(box, iload(b.square + r)));
   }
@@ -108,17 +114,18 @@ inline void full_distances(const float* const* x, const float* const* c, int64_t
 }
 
 // Lower and upper bound of the true squared distance where float32 gives `square`.
-inline void full_bounds(const PanelPlan& plan, float square, float* low, float* high) {
+template <class T>
+inline void full_bounds(const PanelPlan& plan, T square, T* low, T* high) {
+  const T less = like(square, 1.0f - plan.full_rel), more = like(square, 1.0f + plan.full_rel);
   if (plan.radius == 0.0f) {
-    *low = square * (1.0f - plan.full_rel) - plan.tiny;
-    *high = square * (1.0f + plan.full_rel) + plan.tiny;
+    *low = sub(mul(square, less), like(square, plan.tiny));
+    *high = add(mul(square, more), like(square, plan.tiny));
     return;
   }
-  const float root = __builtin_sqrtf(square);
-  const float inner = root * (1.0f - plan.full_rel) - plan.radius;
-  const float outer = root * (1.0f + plan.full_rel) + plan.radius;
-  *low = inner > 0 ? inner * inner : 0.0f;
-  *high = outer * outer;
+  const T length = root(square), radius = like(square, plan.radius);
+  const T inner = max(sub(mul(length, less), radius), like(square, 0.0f)), outer = add(mul(length, more), radius);
+  *low = mul(inner, inner);
+  *high = mul(outer, outer);
 }
 
 // Up to kPairs codes, of the rows named: candidates unless their lower bound is over the best upper bound.
@@ -248,19 +255,6 @@ inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
     const int32_t least = ismallest(best[r]), lane = __builtin_ctz(iequal(best[r], iset(least)));
     if (least < INT32_MAX - kLast) b.first[tile * kNear + r] = plan.id[begin * kPanel + (least & kLast) * W + lane];
   }
-}
-
-// full_bounds of W squares at a time.
-inline void full_bounds(const PanelPlan& plan, V square, V* low, V* high) {
-  const V less = set(1.0f - plan.full_rel), more = set(1.0f + plan.full_rel), tiny = set(plan.tiny), radius = set(plan.radius);
-  if (plan.radius == 0.0f) {
-    *low = sub(mul(square, less), tiny);
-    *high = add(mul(square, more), tiny);
-    return;
-  }
-  const V length = root(square), inner = max(sub(mul(length, less), radius), set(0)), outer = add(mul(length, more), radius);
-  *low = mul(inner, inner);
-  *high = mul(outer, outer);
 }
 
 // Evaluates the first code of every row that has one: the only candidate so far.

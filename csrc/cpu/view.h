@@ -44,7 +44,7 @@ struct Parallel {
         (void*)&body);
   }
 
-  // body(next) on every thread, where next() gives the tasks 0..n-1, each to the thread that is free first, and n or more when none is left.
+  // body(next) on the threads, where next() gives the tasks 0..n-1, each to the thread that is free first, and n or more when none is left.
   template <class F>
   void share(int64_t n, F&& body) const {
     std::atomic<int64_t> taken{0};

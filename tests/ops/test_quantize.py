@@ -349,6 +349,16 @@ def test_every_output_and_gradient_has_the_same_bits_for_any_thread_count(backen
             same_bits(again, before, f"{count} threads, value {at}")
 
 
+@pytest.mark.parametrize("codes", [48, 2048], ids=["dense", "pruned"])
+def test_squared_error_adds_up_the_distances_on_cpu(codes):
+    """Float32 distances of like size add up exactly in float64, in any order: no split of the rows can show in the sum."""
+    mix = cases.normal(4, 24, seed=960)
+    x, codebook = (cases.normal(n, 4, seed=n) @ mix + 0.05 * cases.normal(n, 24, seed=n + 1) for n in (4096, codes))
+    distance, _ = op("nearest", "cpu")(x[None, None], codebook[None], 0, None, None, None)
+    sq_error = border("cpu", x[None, None], codebook[None])[1]
+    assert sq_error.tolist() == [distance.to(torch.float64).sum().item()] * 2
+
+
 def test_integer_rows_give_exact_statistics_for_any_split(backend):
     x, codebook = cases.integers(1, 1, 200, 6, seed=20), cases.integers(1, 50, 6, seed=21)
     whole = border(backend, x, codebook)
