@@ -51,24 +51,27 @@ def define(
         name = op_name(op, backend)
         qualified = f"vqfast::{name}"
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        if not op.endswith("_"):
-            torch.library.register_autograd(
-                qualified,
-                backward or _no_gradient,
-                setup_context=setup_context or _mark_no_gradient,
-                lib=_library,
-            )
+        if backward:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        elif not op.endswith("_"):
+            # What it makes is a constant: autograd steps aside, which costs no time, unlike a gradient of nothing.
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         if backend == "reference":
-            _library.impl(name, reference, "CompositeExplicitAutograd")
+            _implement(name, reference, "CompositeExplicitAutograd")
         elif backend == "triton":
-            _library.impl(name, _triton_entry(family, name), "CompositeExplicitAutograd")
+            _implement(name, _triton_entry(family, name), "CompositeExplicitAutograd")
         _ops[op][backend] = getattr(torch.ops.vqfast, name).default
 
 
 def implement(op: str, backend: str, function: Callable) -> None:
     """Give cpu or cuda an implementation in Python, for an op that its native library leaves to torch's own ops."""
-    _library.impl(op_name(op, backend), function, backend.upper())
+    _implement(op_name(op, backend), function, backend.upper())
+
+
+def _implement(name: str, function: Callable, key: str) -> None:
+    # Torch's own ops inside must not be recorded either: an op has the gradient that `define` gives it, or none.
+    _library.impl(name, torch.no_grad()(function), key)
 
 
 def call(op: str, backend: str) -> Callable:
@@ -85,16 +88,6 @@ def implemented(family: str, backend: str) -> bool:
     """True where a loaded library registered every op of `family` for `backend` (cpu or cuda)."""
     names = [f"vqfast::{op_name(op, backend)}" for op in _families[family]]
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()) for name in names)
-
-
-def _mark_no_gradient(ctx, inputs, output) -> None:
-    outputs = output if isinstance(output, tuple) else (output,)
-    ctx.mark_non_differentiable(*outputs)
-    ctx.input_count = len(inputs)
-
-
-def _no_gradient(ctx, *_grads):
-    return (None,) * ctx.input_count
 
 
 def _triton_entry(family: str, name: str) -> Callable:
