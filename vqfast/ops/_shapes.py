@@ -41,7 +41,7 @@ def check_codebook(codebook: Tensor, other: Tensor, named: str) -> Tensor:
             f"{_both(other, named, codebook)}: it needs at least one group, one code and one dimension. Pass a codebook"
             " that is not empty."
         )
-    return codebook if codebook.dim() == 3 else codebook[None]
+    return codebook if codebook.dim() == 3 else codebook.view(1, *codebook.shape)
 
 
 def _both(x: Tensor, named: str, codebook: Tensor) -> str:
@@ -77,10 +77,8 @@ def collapse_leading(x: Tensor, kept: int) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """[..., D] -> [B, 1, N, D]; keeps the first axis apart, so that a channels-first image needs no copy."""
-    if x.dim() == 1:
-        x = x[None]
-    if x.dim() == 2:
-        x = x[None]
+    if x.dim() <= 2:
+        return x.view(1, 1, *(1,) * (2 - x.dim()), *x.shape)
     if x.dim() > 3:
         x = x.flatten(1, -2) if _flattens(x) else x.flatten(0, -2)[None]
     return x[:, None]

@@ -67,4 +67,4 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", backend: str | N
     chosen = _backends.choose("nearest", backend, rows, groups)
     distance, indices = _border.call("nearest", chosen)(rows, groups, code)
     shape = _shapes.leading_shape(x)
-    return Nearest(distance.reshape(shape), indices.reshape(shape))
+    return Nearest(distance.view(shape), indices.view(shape))
