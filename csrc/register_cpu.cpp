@@ -1,4 +1,4 @@
-// The CPU implementations of nearest, gather, code_stats, ema_update_, quantize and residual: checks what only native code can rely
+// The CPU implementations of nearest, gather, code_stats, ema_update_, quantize, residual and search_hints: checks what only native code can rely
 // on, and hands raw pointers to csrc/cpu. LibTorch stable ABI, IMPL only: the schemas are defined in Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 
 #include "cpu/ema.h"
 #include "cpu/gather.h"
+#include "cpu/hints.h"
 #include "cpu/nearest.h"
 #include "cpu/quantize.h"
 
@@ -134,6 +135,16 @@ std::tuple<Tensor, Tensor> nearest_cpu(Tensor x, Tensor codebook, int64_t metric
   vqfast::nearest(rows, codes, metric_of(metric), hints.groups.data(), mutable_data<float>(distance),
                   mutable_data<int64_t>(indices), pool(), vqfast::Road::kAuto, nullptr);
   return {distance, indices};
+}
+
+std::tuple<Tensor, Tensor> search_hints_cpu(Tensor codebook, int64_t metric) {
+  const View codes = view_of(codebook, 3, "codebook");
+  const int64_t g = codes.size[1], k = codes.size[2], d = codes.size[3];
+  STD_TORCH_CHECK(k > 0 && d > 0 && k <= INT32_MAX, "codebook needs 1 to 2^31-1 codes and at least one dimension.");
+  Tensor order = torch::stable::new_empty(codebook, {g, k}, ScalarType::Long);
+  Tensor basis = torch::stable::new_empty(codebook, {g, vqfast::hint_directions(d), d}, ScalarType::Float);
+  vqfast::find_hints(codes, metric_of(metric), mutable_data<int64_t>(order), mutable_data<float>(basis), pool());
+  return {order, basis};
 }
 
 Tensor gather_cpu(Tensor codebook, Tensor indices) {
@@ -283,6 +294,7 @@ VQFAST_EXPORT void vqfast_cpu_search_counts(const float* x, int64_t n, const flo
 
 STABLE_TORCH_LIBRARY_IMPL(vqfast, CPU, m) {
   m.impl("nearest_cpu", TORCH_BOX(&nearest_cpu));
+  m.impl("search_hints_cpu", TORCH_BOX(&search_hints_cpu));
   m.impl("gather_cpu", TORCH_BOX(&gather_cpu));
   m.impl("code_stats_cpu", TORCH_BOX(&code_stats_cpu));
   m.impl("ema_update_cpu_", TORCH_BOX(&ema_update_cpu_));

@@ -124,6 +124,29 @@ def _nearest_chunk(x: Tensor, codes: Tensor, metric: int, screen: _Screen) -> tu
     return torch.where(invalid, torch.nan, distance), torch.where(invalid, 0, indices)
 
 
+# ---- hints -----------------------------------------------------------------------------------------------------------------
+
+
+def hint_directions(dim: int) -> int:
+    """How many principal directions a codebook of `dim` dimensions is remembered by."""
+    return min(dim, 9) if dim >= 4 else min(dim, 3)
+
+
+def search_hints(codebook: Tensor, metric: int) -> tuple[Tensor, Tensor]:
+    """Principal directions of the codes, and the codes in the order of the first one; those that are not finite come last."""
+    codes = codebook.to(torch.float64)
+    finite = codes.isfinite().all(-1, keepdim=True)
+    codes = torch.where(finite, codes, 0.0)
+    if metric == COSINE:
+        codes = torch.nn.functional.normalize(codes, dim=-1)
+    codes = torch.where(finite, codes - codes.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1), 0.0)
+    scale = codes.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    codes = codes / scale  # so that no square leaves float64
+    basis = torch.linalg.eigh(codes.mT @ codes).eigenvectors.mT.flip(1)[:, : hint_directions(codes.shape[-1])]
+    place = torch.where(finite, codes @ basis[:, :1].mT, torch.inf)
+    return place.squeeze(-1).argsort(dim=-1, stable=True), basis.to(torch.float32).contiguous()
+
+
 # ---- gather ----------------------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ namespace vqfast {
 
 // What a caller remembers between calls; may cost time, never a code.
 struct Hints {
-  const int64_t* order = nullptr;  // [K] a permutation: panel order of an earlier call
-  const float* basis = nullptr;    // [directions, D]
+  const int64_t* order = nullptr;  // [K] a permutation: panel order of a codebook much like this one
+  const float* basis = nullptr;    // [directions, D] its principal directions
   int64_t directions = 0;
   const int64_t* guess = nullptr;  // [rows] likely code of each row
 };
@@ -134,20 +134,22 @@ double in_steps(const ByteBuild&, ByteRow*);
 // Principal coordinates in k-d ordered panels with boxes.
 struct PanelBuild {
   PanelBuild(const Codes&, const Hints&, const Parallel&);
+  static int directions_of(int64_t dim) { return (dim < 4 ? 4 : kMaxCoordinates) - 1; }
   PanelPlan plan = {};
   PanelTree tree;
   double captured = 0;          // share of the variance in the principal directions
   bool worth_it = false;        // false: the data has no principal directions, nothing else was built
   // Cell of each of n rows: its panel, then `bits` binary digits of each of the three widest coordinates of that panel's box.
   void cells_of(const PanelQuery* rows, const int32_t* panel, int64_t n, int bits, int32_t* cell) const;
-  std::vector<int32_t> order;   // searched codes in panel order
+  std::vector<int32_t> order;   // searched codes within reach, in panel order
 
  private:
   std::vector<const float*> sample_codes(const Codes&, double* total);  // of their squares
   void find_basis(const Codes&, const std::vector<const float*>& sample, double total, const Hints&);
   void find_allowances(const Codes&);
   void project_codes(const Codes&, const Parallel&);
-  void find_order(const Parallel&);
+  void find_order(const Codes&, const Hints&, const Parallel&);
+  bool take_order(const Codes&, const int64_t* given);
   void fill_panels(const Codes&, const Parallel&);
 
   struct Grid {

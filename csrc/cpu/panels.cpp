@@ -48,6 +48,30 @@ double orthonormality_defect(const float* rows, int count, int64_t dim) {
   return sqrt(total);
 }
 
+// The least and the greatest of some points, place by place.
+struct Box {
+  typedef int16_t Places __attribute__((vector_size(32)));
+  Places low, high;
+  Box() {
+    for (int j = 0; j < 16; ++j) low[j] = kGrid, high[j] = -kGrid;
+  }
+  void add(const Places& least, const Places& greatest) {
+    low = low < least ? low : least;
+    high = high > greatest ? high : greatest;
+  }
+  // As the i-th of 16 boxes [pairs, 16].
+  void store(int pairs, int i, int32_t* to_low, int32_t* to_high) const {
+    for (int j = 0; j < pairs; ++j) {
+      memcpy(to_low + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&low) + j, 4);
+      memcpy(to_high + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&high) + j, 4);
+    }
+  }
+};
+
+// Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
+int32_t left_of(int32_t node) { return node + 1; }
+int32_t right_of(int32_t node, int64_t panels) { return node + (int32_t)(panels / 2 * 2); }
+
 // Splits codes into halves of whole panels until one panel is left; writes nodes and permutes `order`.
 class Splitter {
  public:
@@ -59,11 +83,10 @@ class Splitter {
   }
 
  private:
-  struct Key {
-    int32_t value;
-    int32_t code;
-    bool operator<(const Key& other) const { return value < other.value; }
-  };
+  using Key = int64_t;  // a value, then the code that has it: no two are equal
+  static Key key_of(int32_t value, int32_t code) { return (Key)((uint64_t)(uint32_t)value << 32 | (uint32_t)code); }
+  static int32_t code_of(Key key) { return (int32_t)(uint32_t)key; }
+  static int32_t value_of(Key key) { return (int32_t)(key >> 32); }
 
   // codes[0..count): places in `at`. first: where they stand among all codes.
   struct Part {
@@ -74,7 +97,6 @@ class Splitter {
 
   static constexpr int64_t kNearby = 2048;  // codes whose coordinates are brought together: the rest of their tree stays in cache
 
-  // Nodes are laid out so that a subtree of p panels takes exactly 2p - 1 of them: the halves can be built side by side.
   void split(PanelTree& tree, int32_t node, const Part& part, int64_t panels, int depth) {
     if (panels == 1) {
       tree.nodes[node] = {{node, node}, 0, 0, (int32_t)(part.first / kPanel)};
@@ -84,7 +106,7 @@ class Splitter {
     const int64_t half = panels / 2, cut = half * kPanel;
     const int coordinate = widest(part);
     const int32_t value = divide(part, cut, coordinate);
-    const int32_t left = node + 1, right = node + (int32_t)(2 * half);
+    const int32_t left = left_of(node), right = right_of(node, panels);
     tree.nodes[node] = {{left, right}, value, coordinate, 0};
     const auto side = [&](int64_t i) {
       if (i == 0) split(tree, left, {part.at, part.codes, cut, part.first}, half, depth + 1);
@@ -103,36 +125,50 @@ class Splitter {
     for (int64_t i = 0; i < part.count; ++i) part.codes[i] = given[codes[i]];
   }
 
-  // Brings the `cut` codes that are smallest in one coordinate to the front; returns the least of the others. Two values between which
-  // the cut should lie, from a sample, leave few codes to sort out; to come under, over or between them takes no branch.
+  // Brings the `cut` codes that are smallest in one coordinate to the front; returns the least of the others. Each pass parts what is left
+  // by a value about where the cut should be, without a branch, and goes on with the part that the cut lies in.
   int32_t divide(const Part& part, int64_t cut, int coordinate) {
-    constexpr int kSample = 63, kEitherSide = 8;
-    Key *const sorted = sorted_.get() + part.first, *const between = between_.get() + part.first;
-    const auto key = [&](int64_t i) { return Key{part.at[part.codes[i]].grid[coordinate], part.codes[i]}; };
-    int64_t under = 0, over = 0, inside = 0;
-    if (part.count < 8 * kSample) {
-      for (; inside < part.count; ++inside) between[inside] = key(inside);
-    } else {
-      int32_t sample[kSample];
-      for (int i = 0; i < kSample; ++i) sample[i] = key(i * part.count / kSample).value;
-      std::sort(sample, sample + kSample);
-      const int64_t middle = kSample * cut / part.count;
-      const int32_t least = sample[std::max<int64_t>(0, middle - kEitherSide)];
-      const int32_t most = sample[std::min<int64_t>(kSample - 1, middle + kEitherSide)];
-      for (int64_t i = 0; i < part.count; ++i) {
-        const Key k = key(i);
-        sorted[under] = sorted[part.count - 1 - over] = between[inside] = k;
-        under += k.value < least;
-        over += k.value > most;
-        inside += (k.value >= least) & (k.value <= most);
+    constexpr int64_t kFew = 24;
+    constexpr int kPasses = 24;  // many more than values in any likely order ask for
+    Key *left = sorted_.get() + part.first, *spare = between_.get() + part.first;
+    for (int64_t i = 0; i < part.count; ++i) left[i] = key_of(part.at[part.codes[i]].grid[coordinate], part.codes[i]);
+    int64_t done = 0, count = part.count, over = part.count;  // done: codes that are in front for good; from `over` on others that are not
+    for (int pass = 0; count > kFew && pass < kPasses; ++pass) {
+      const Key pivot = pivot_of(left, count, cut - done);
+      int64_t under = 0, rest = count;
+      for (int64_t i = 0; i < count; ++i) {
+        const Key k = left[i];
+        spare[under] = spare[rest - 1] = k;
+        under += k < pivot;
+        rest -= k >= pivot;
       }
+      const bool ahead = cut - done < under;
+      Key* const final = ahead ? spare + under : spare;
+      const int64_t n = ahead ? count - under : under;
+      if (ahead) over -= n;
+      for (int64_t i = 0; i < n; ++i) part.codes[(ahead ? over : done) + i] = code_of(final[i]);
+      if (!ahead) done += n;
+      count -= n;
+      std::swap(left, spare);
+      if (!ahead) left += n, spare += n;
     }
-    if (cut >= under && cut < under + inside) std::nth_element(between, between + (cut - under), between + inside);
-    std::copy(between, between + inside, sorted + under);
-    if (cut < under) std::nth_element(sorted, sorted + cut, sorted + under);
-    if (cut >= under + inside) std::nth_element(sorted + under + inside, sorted + cut, sorted + part.count);
-    for (int64_t i = 0; i < part.count; ++i) part.codes[i] = sorted[i].code;
-    return sorted[cut].value;
+    std::nth_element(left, left + (cut - done), left + count);
+    for (int64_t i = 0; i < count; ++i) part.codes[done + i] = code_of(left[i]);
+    return value_of(left[cut - done]);
+  }
+
+  // About where the `at`-th of `count` keys lies.
+  static Key pivot_of(const Key* keys, int64_t count, int64_t at) {
+    constexpr int kMost = 15;
+    const int n = count < 512 ? 5 : kMost;
+    Key sample[kMost];
+    for (int i = 0; i < n; ++i) {
+      const Key k = keys[(2 * i + 1) * count / (2 * n)];
+      int j = i;
+      for (; j > 0 && sample[j - 1] > k; --j) sample[j] = sample[j - 1];
+      sample[j] = k;
+    }
+    return sample[at * n / count];
   }
 
   // The coordinate of the largest variance in a sample.
@@ -165,6 +201,29 @@ class Splitter {
   const PanelQuery* const at_;
 };
 
+// The tree of panels that are there already, first..first + panels - 1; `mean` [panels] of their points. A node tells its halves apart in
+// the coordinate in which they are farthest apart, or overlap the least.
+Box find_splits(PanelTree& tree, int32_t node, const std::vector<Box>& mean, int64_t first, int64_t panels, int width) {
+  if (panels == 1) {
+    tree.nodes[node] = {{node, node}, 0, 0, (int32_t)first};
+    return mean[first];
+  }
+  const int32_t child[2] = {left_of(node), right_of(node, panels)};
+  Box half[2] = {find_splits(tree, child[0], mean, first, panels / 2, width),
+                 find_splits(tree, child[1], mean, first + panels / 2, panels - panels / 2, width)};
+  int best = INT32_MIN, coordinate = 0, under = 0;
+  for (int j = 0; j < width; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      const int gap = half[1 - i].low[j] - half[i].high[j];
+      if (gap > best) best = gap, coordinate = j, under = i;
+    }
+  }
+  const int most = half[under].high[coordinate], least = half[1 - under].low[coordinate];
+  tree.nodes[node] = {{child[under], child[1 - under]}, (most + least + 1) >> 1, coordinate, 0};
+  half[0].add(half[1].low, half[1].high);
+  return half[0];
+}
+
 }  // namespace
 
 PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& parallel) {
@@ -176,7 +235,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   if (captured < kWorthIt) return;
   worth_it = true;
   project_codes(codes, parallel);
-  find_order(parallel);
+  find_order(codes, hints, parallel);
   fill_panels(codes, parallel);
 }
 
@@ -205,14 +264,15 @@ std::vector<const float*> PanelBuild::sample_codes(const Codes& codes, double* t
 void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>& sample, double total, const Hints& hints) {
   const int64_t dim = codes.work().dim;
   const float* centre = codes.centre().data();
-  const int directions = (dim < 4 ? 4 : kMaxCoordinates) - 1;
+  const int directions = directions_of(dim);
   const int iterated = (int)std::min<int64_t>(directions + kExtra, dim), padded = (std::max(iterated, directions) + 3) / 4 * 4;
   std::vector<double> rows((size_t)padded * dim, 0.0);
   const int wanted = (int)std::min<int64_t>(directions, dim);
   const bool given = hints.basis && hints.directions >= wanted;
   for (int j = 0; j < (given ? wanted : sample.empty() ? 0 : iterated); ++j) {
-    const float* row = given ? hints.basis + j * dim : sample[j * sample.size() / iterated];
-    for (int64_t d = 0; d < dim; ++d) rows[j * dim + d] = !given ? (double)row[d] - centre[d] : std::isfinite(row[d]) ? row[d] : 0.0;
+    const float* row = given ? hints.basis + j * codes.dim() : sample[j * sample.size() / iterated];
+    for (int64_t d = 0; d < (given ? codes.dim() : dim); ++d)  // unit vectors for dot have a coordinate more than the caller knows of
+      rows[j * dim + d] = !given ? (double)row[d] - centre[d] : std::isfinite(row[d]) ? row[d] : 0.0;
   }
   orthonormalise(rows, given ? wanted : iterated, dim);
   std::vector<float> current(padded * dim), next(padded * dim);
@@ -318,40 +378,48 @@ void PanelBuild::project_codes(const Codes& codes, const Parallel& parallel) {
     if (points_[i].norm < (float)kFarSquare) order.push_back((int32_t)i);
 }
 
-void PanelBuild::find_order(const Parallel& parallel) {
+// The order that a caller remembers, without the codes that take no part here. False, and nothing changed: it is no permutation.
+bool PanelBuild::take_order(const Codes& codes, const int64_t* given) {
+  const int64_t k = codes.work().count;
+  std::vector<int32_t> place(k, -1);  // of a code among the searched ones; -2 once it has been met
+  for (int32_t at : order) place[codes.searched()[at]] = at;
+  std::vector<int32_t> taken;
+  taken.reserve(order.size());
+  for (int64_t i = 0; i < k; ++i) {
+    if (given[i] < 0 || given[i] >= k || place[given[i]] == -2) return false;
+    if (place[given[i]] >= 0) taken.push_back(place[given[i]]);
+    place[given[i]] = -2;
+  }
+  order = std::move(taken);
+  return true;
+}
+
+void PanelBuild::find_order(const Codes& codes, const Hints& hints, const Parallel& parallel) {
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel;
   tree.nodes.resize(std::max<int64_t>(1, 2 * panels - 1));
   if (panels == 0) {
     tree.nodes[0] = {{0, 0}, 0, 0, 0};
     return;
   }
-  Splitter(points_.get(), order, plan.coordinates, parallel).run(tree, panels);
+  if (hints.order && take_order(codes, hints.order)) {
+    std::vector<Box> mean(panels);
+    parallel(panels, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t n = std::min<int64_t>(kPanel, (int64_t)order.size() - p * kPanel);
+        int32_t sum[kMaxCoordinates] = {};
+        for (int64_t i = 0; i < n; ++i)
+          for (int j = 0; j < kMaxCoordinates; ++j) sum[j] += points_[order[p * kPanel + i]].grid[j];
+        Box::Places point = {};
+        for (int j = 0; j < kMaxCoordinates; ++j) point[j] = (int16_t)(sum[j] / n);
+        mean[p].add(point, point);
+      }
+    });
+    find_splits(tree, 0, mean, 0, panels, plan.coordinates);
+  } else {
+    Splitter(points_.get(), order, plan.coordinates, parallel).run(tree, panels);
+  }
   while ((int64_t)1 << tree.depth < panels) ++tree.depth;  // halves differ by one panel at most
 }
-
-namespace {
-
-// The least and the greatest of some points, place by place.
-struct Box {
-  typedef int16_t Places __attribute__((vector_size(32)));
-  Places low, high;
-  Box() {
-    for (int j = 0; j < 16; ++j) low[j] = kGrid, high[j] = -kGrid;
-  }
-  void add(const Places& least, const Places& greatest) {
-    low = low < least ? low : least;
-    high = high > greatest ? high : greatest;
-  }
-  // As the i-th of 16 boxes [pairs, 16].
-  void store(int pairs, int i, int32_t* to_low, int32_t* to_high) const {
-    for (int j = 0; j < pairs; ++j) {
-      memcpy(to_low + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&low) + j, 4);
-      memcpy(to_high + j * kPanelGroup + i, reinterpret_cast<const int32_t*>(&high) + j, 4);
-    }
-  }
-};
-
-}  // namespace
 
 void PanelBuild::fill_panels(const Codes& codes, const Parallel& parallel) {
   const int64_t panels = ((int64_t)order.size() + kPanel - 1) / kPanel, pairs = plan.coordinates / 2;

@@ -12,7 +12,7 @@ from torch.library import opcheck
 import vqfast
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-OPS = ("nearest", "gather", "code_stats", "quantize", "ema_update_")
+OPS = ("nearest", "search_hints", "gather", "code_stats", "quantize", "ema_update_")
 
 
 def inputs(groups=2, n=13, k=9, dim=5, dtype=torch.float32):
@@ -31,6 +31,13 @@ def nearest_samples():
     yield x.transpose(2, 3).contiguous().transpose(2, 3), codebook.bfloat16(), 1, None, None, None
     yield x[:, :, :0], codebook, 0, None, None, None
     yield x.bfloat16().requires_grad_(), codebook.clone().requires_grad_(), 0, None, None, None
+
+
+def search_hints_samples():
+    _, codebook, _ = inputs()
+    yield codebook, 0
+    yield codebook.mT.contiguous().mT.half(), 1
+    yield codebook.clone().requires_grad_(), 2
 
 
 def gather_samples():
@@ -95,6 +102,11 @@ def test_every_op_is_defined_for_every_backend(name, backend_name):
 @pytest.mark.parametrize("name", [pytest.param("nearest", marks=pytest.mark.family("nearest"))])
 def test_opcheck_nearest(backend, name):
     check_op(backend, name)
+
+
+@pytest.mark.family("hints")
+def test_opcheck_search_hints(backend):
+    check_op(backend, "search_hints")
 
 
 @pytest.mark.family("gather")

@@ -217,7 +217,85 @@ def test_hints_on_the_pruned_road():
     wanted = oracle.nearest(x[:, :, sample], codebook)
     same(plain[1][:, :, sample], wanted.indices), same(plain[0][:, :, sample], wanted.distance)
     guesses = [None, plain[1], torch.full_like(plain[1], 77), plain[1] + 1000, torch.zeros_like(plain[1])]
+    orders = list(orders_for_panels().values())
     for at, (name, basis) in enumerate(bases_for_panels().items()):
         for guess in (None, guesses[at % len(guesses)]):
-            found = nearest(x, codebook, 0, None, basis.contiguous(), guess)
+            found = nearest(x, codebook, 0, orders[at % len(orders)] if at % 2 else None, basis.contiguous(), guess)
             same(found[1], plain[1], name), same(found[0], plain[0], name)
+
+
+def orders_for_panels():
+    """What an order may have come to since it was found; the last ones are no permutations."""
+    order = op("search_hints", "cpu")(pruned()[1], 0)[0]
+    swapped = order.clone()
+    swapped[0, ::7] = order[0, ::7].flip(0)  # every panel holds codes of others
+    repeated = order.clone()
+    repeated[0, -1] = repeated[0, 0]
+    return {
+        "fresh": order,
+        "reversed": order.flip(1),
+        "shifted": order.roll(5, 1),
+        "swapped": swapped,
+        "random": torch.randperm(PRUNED_CODES, generator=cases.generator(85))[None],
+        "repeated": repeated,
+        "out_of_range": order + 1,
+        "enormous": order + BIG,
+        "wraps_in_32_bits": order + 2**32,
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_order_on_the_pruned_road(metric):
+    """Each metric searches vectors of its own; dot's have one coordinate more than the basis of the caller."""
+    x, codebook = pruned()
+    nearest, code = op("nearest", "cpu"), METRIC_CODE[metric]
+    plain = nearest(x, codebook, code, None, None, None)
+    basis = op("search_hints", "cpu")(codebook, code)[1]
+    for name, order in orders_for_panels().items():
+        for directions in (None, basis):
+            found = nearest(x, codebook, code, order, directions, None)
+            same(found[1], plain[1], name), same(found[0], plain[0], name)
+
+
+# ---- search_hints ------------------------------------------------------------------------------------------------------------
+
+
+def hint_codebooks():
+    generator = cases.generator(90)
+    flat = plane(700, 91)
+    flat[5], flat[6, 3], flat[7], flat[300:400] = torch.nan, torch.inf, 1e30, flat[:100].clone()
+    yield torch.stack([flat, plane(700, 92)])
+    yield cases.normal(3, 1, 5, seed=93)
+    yield torch.zeros(1, 40, 6)
+    yield torch.full((1, 9, 4), torch.nan)
+    yield cases.normal(2, 33, 1, seed=94)
+    yield cases.normal(1, 500, 3, seed=95) * 1e30
+    yield cases.normal(1, 64, 2500, seed=96)  # more dimensions than the pruned road takes
+    yield torch.randn(1, 2000, 16, generator=generator).bfloat16()
+    yield plane(600, 97)[None].mT.contiguous().mT
+
+
+@pytest.mark.family("hints")
+@pytest.mark.parametrize("metric", METRICS)
+def test_search_hints_are_an_order_and_directions(backend, metric):
+    for codebook in hint_codebooks():
+        groups, codes, dim = codebook.shape
+        order, basis = op("search_hints", backend)(put(backend, codebook), METRIC_CODE[metric])
+        assert order.dtype == torch.int64 and torch.equal(order.sort(-1).values.cpu(), torch.arange(codes).repeat(groups, 1))
+        assert basis.dtype == torch.float32 and basis.shape == (groups, min(dim, 9 if dim >= 4 else 3), dim)
+        product = (basis @ basis.mT).cpu()
+        off = product - torch.eye(product.shape[1]) * (product.diagonal(dim1=1, dim2=2) > 0.5)[:, None]
+        # The CPU leaves directions out that no code has, and for dot one that the caller's vectors lack.
+        assert metric == "dot" or float(off.abs().max()) < 1e-3, (codebook.shape, product)
+
+
+def test_search_hints_tell_neighbours_and_directions():
+    """Codes that stand together lie together, and the directions hold nearly all of the variance."""
+    _, codebook = pruned()
+    order, basis = (hint[0] for hint in op("search_hints", "cpu")(codebook, 0))
+    place = codebook[0].clamp(-10, 10)[order][:1900].reshape(-1, 25, DIM)
+    scattered = codebook[0].clamp(-10, 10)[:1900].reshape(-1, 25, DIM)
+    spread = [p.var(1).sum(-1).mean() for p in (place, scattered)]
+    assert spread[0] < 0.3 * spread[1], spread
+    centred = codebook[0].clamp(-10, 10) - codebook[0].clamp(-10, 10).mean(0)
+    assert (centred @ basis.T).square().sum() > 0.98 * centred.square().sum()

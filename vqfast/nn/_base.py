@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vqfast.nn import _layout
 from vqfast.nn._distributed import all_gather_rows
+from vqfast.nn._hints import HintKeeper
 from vqfast.ops import _shapes
 from vqfast.ops.gather import gather
 from vqfast.ops.kmeans import kmeans
-from vqfast.ops.nearest import nearest
+from vqfast.ops.nearest import search
 from vqfast.ops.quantize import check_mask
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -56,6 +57,7 @@ class QuantizerBase(WideState):
             raise ValueError(f"{self.codebook_dim} channels do not split into groups={groups}; choose a divisor.")
         self.channel_dim = channel_dim
         self.process_group = process_group
+        self._hints = HintKeeper()
         projects = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
@@ -96,6 +98,7 @@ class QuantizerBase(WideState):
         if self.metric == "cosine":
             codebook = nn.functional.normalize(codebook.to(self.codebook.dtype), dim=-1)
         self.codebook.copy_(codebook)
+        self._hints.forget()
         self._reset_state()
 
     @torch.no_grad()
@@ -147,7 +150,7 @@ class QuantizerBase(WideState):
         """Indices of the nearest codes: int64, z's shape without the channel axis ([B, G, ...] with several groups)."""
         rows, like = self._rows(z)
         codebook = self._grouped(self.codebook)
-        indices = nearest(rows, codebook, metric=self.metric).indices
+        indices = search(rows, codebook, self.metric_code, self._hints.of(codebook, self.metric_code)).indices
         return _layout.indices_to_user(indices, like)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -176,6 +179,7 @@ class QuantizerBase(WideState):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._any_frozen = bool(self.frozen.any())
+        self._hints.forget()
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, codebook_size={self.codebook_size}, metric={self.metric!r}, channel_dim={self.channel_dim}"

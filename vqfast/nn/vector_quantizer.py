@@ -135,9 +135,9 @@ class _Quantizer(QuantizerBase):
         return _layout.indices_to_user(indices, like)
 
     def _search(self, rows: Tensor, mask: Tensor | None, with_sums: bool) -> quantize.Step:
-        return quantize.step(
-            rows, self._grouped(self._lookup_codebook(rows)), mask, metric=self.metric_code, with_sums=with_sums
-        )
+        codebook = self._grouped(self._lookup_codebook(rows))
+        hints = self._hints.of(codebook, self.metric_code)
+        return quantize.step(rows, codebook, mask, metric=self.metric_code, with_sums=with_sums, hints=hints)
 
     def _needs_sums(self) -> bool:
         return self._sums_shape()[-1] > 0

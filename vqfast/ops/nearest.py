@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes
+from vqfast.ops.hints import SearchHints
 
 
 class Nearest(NamedTuple):
@@ -32,6 +33,11 @@ _border.define(
     reference=reference.nearest,
     fake=_fake,
 )
+
+
+def search(x: Tensor, codebook: Tensor, metric: int, hints: SearchHints = SearchHints(), backend: str | None = None) -> Nearest:
+    """Run the op on canonical shapes (no checks)."""
+    return Nearest(*_border.call("nearest", _backends.choose("nearest", backend, x, codebook))(x, codebook, metric, *hints))
 
 
 def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", backend: str | None = None) -> Nearest:
@@ -64,7 +70,6 @@ def nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", backend: str | N
     """
     code = _shapes.check_metric(metric)
     rows, groups = _shapes.canonical(x, codebook)
-    chosen = _backends.choose("nearest", backend, rows, groups)
-    distance, indices = _border.call("nearest", chosen)(rows, groups, code)
+    distance, indices = search(rows, groups, code, backend=backend)
     shape = _shapes.leading_shape(x)
     return Nearest(distance.view(shape), indices.view(shape))

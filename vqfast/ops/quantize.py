@@ -10,6 +10,7 @@ from torch import Tensor
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes
 from vqfast.ops.gather import scatter
+from vqfast.ops.hints import SearchHints
 
 
 class Quantized(NamedTuple):
@@ -134,7 +135,7 @@ class Step(NamedTuple):
     nonfinite: Tensor  # [] int64
 
 
-def step(x, codebook, mask=None, *, metric=0, with_sums=False, hints=(None, None, None), backend=None) -> Step:
+def step(x, codebook, mask=None, *, metric=0, with_sums=False, hints=SearchHints(), backend=None) -> Step:
     """Run the fused step on canonical shapes (no checks)."""
     chosen = _backends.choose("quantize", backend, x, codebook)
     arguments = (x, codebook, mask, metric, with_sums, *hints)

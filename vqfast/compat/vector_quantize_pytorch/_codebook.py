@@ -17,6 +17,7 @@ from vqfast.compat.vector_quantize_pytorch._helpers import gumbel_sample
 from vqfast.nn import _revival
 from vqfast.nn._base import WideState, rerun_in_backward
 from vqfast.nn._distributed import all_gather_rows, all_reduce_stats, world
+from vqfast.nn._hints import HintKeeper
 from vqfast.ops import _shapes, quantize
 from vqfast.ops.gather import gather
 from vqfast.ops.nearest import nearest
@@ -105,6 +106,7 @@ class Codebook(WideState):
             self.register_buffer("embed", embed)
         # False once the codes are known to be there: reading the buffer in every forward would wait for the device.
         self._may_need_init = kmeans_init
+        self._hints = HintKeeper()
         self.register_buffer("_held_size", None, persistent=False)
         self.register_buffer("_held_sum", None, persistent=False)
         self.register_buffer("_turn", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -133,6 +135,7 @@ class Codebook(WideState):
             setattr(self, name, None if saved is None else torch.zeros_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._may_need_init = not bool(self.initted)
+        self._hints.forget()
 
     @property
     def metric(self) -> str:
@@ -174,7 +177,8 @@ class Codebook(WideState):
         soft: the temperature of the softmax over all codes whose gradient the result takes, in place of none to the rows.
         """
         if temperature is None and topk is None:
-            step = quantize.step(rows, codes, mask, metric=_shapes.check_metric(self.metric), with_sums=with_sums)
+            metric = _shapes.check_metric(self.metric)
+            step = quantize.step(rows, codes, mask, metric=metric, with_sums=with_sums, hints=self._hints.of(codes, metric))
             quantized = gather(codes, step.indices) if codes.requires_grad else step.quantized.detach()
             quantized = self._softly(quantized, rows, codes, soft)
             return Found(step.indices, quantized, step.sq_error, step.sums, step.counts)
@@ -443,6 +447,7 @@ class Codebook(WideState):
         self.update_ema()
         self.initted.fill_(True)
         self._may_need_init = False
+        self._hints.forget()
 
     def _draw(self, rows: Tensor, shared: bool) -> Tensor:
         """K rows at random, with repeats where there are fewer, none from none; of all processes where shared."""
