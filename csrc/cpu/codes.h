@@ -37,15 +37,17 @@ struct PanelTree {
   void panels_of(const PanelQuery* points, int64_t n, int32_t* panel) const {
     constexpr int kTogether = 8;
     for (int64_t first = 0; first < n; first += kTogether) {
-      const int some = n - first < kTogether ? (int)(n - first) : kTogether;
+      const PanelQuery* point[kTogether];
+      for (int r = 0; r < kTogether; ++r) point[r] = points + (first + r < n ? first + r : n - 1);
       int32_t at[kTogether] = {};
       for (int i = 0; i < depth; ++i) {
-        for (int r = 0; r < some; ++r) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTogether; ++r) {
           const Node& node = nodes[at[r]];
-          at[r] = node.child[points[first + r].grid[node.coordinate] >= node.split];
+          at[r] = node.child[point[r]->grid[node.coordinate] >= node.split];
         }
       }
-      for (int r = 0; r < some; ++r) panel[first + r] = nodes[at[r]].panel;
+      for (int r = 0; r < kTogether && first + r < n; ++r) panel[first + r] = nodes[at[r]].panel;
     }
   }
 };
@@ -134,6 +136,7 @@ double in_steps(const ByteBuild&, ByteRow*);
 // Principal coordinates in k-d ordered panels with boxes.
 struct PanelBuild {
   PanelBuild(const Codes&, const Hints&, const Parallel&);
+  const float* basis() const { return basis_.get(); }  // [directions, dim]; null: too many dimensions
   static int directions_of(int64_t dim) { return (dim < 4 ? 4 : kMaxCoordinates) - 1; }
   PanelPlan plan = {};
   PanelTree tree;
@@ -159,7 +162,7 @@ struct PanelBuild {
   };
   void find_grid(int64_t panel, const int16_t* low, const int16_t* high);
 
-  AlignedFloats basis_;         // [directions, dim], and the centre
+  AlignedFloats basis_;         // [directions, dim], the centre, and the directions as the plan has them
   std::vector<Grid> grids_;
   std::unique_ptr<PanelQuery[]> points_;  // of the searched codes
   AlignedInts storage_;

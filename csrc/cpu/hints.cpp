@@ -19,8 +19,8 @@ void find_hints(const View& codebook, Metric metric, int64_t* order, float* basi
     const Codes codes({given.data, given.ld, given.dim, nullptr, metric}, k, parallel);
     if (codes.searched().empty()) continue;
     const PanelBuild panels(codes, Hints{}, parallel);
-    if (!panels.plan.basis) continue;  // too many dimensions
-    for (int64_t j = 0; j < directions; ++j) std::copy_n(panels.plan.basis + j * panels.plan.dim, dim, basis + j * dim);
+    if (!panels.basis()) continue;
+    for (int64_t j = 0; j < directions; ++j) std::copy_n(panels.basis() + j * panels.plan.dim, dim, basis + j * dim);
     std::vector<char> rest(k, 1);
     for (int32_t code : panels.order) rest[code] = 0, *order++ = code;
     order -= panels.order.size();

@@ -28,11 +28,6 @@ inline void four_sums(const V* a, float* out) {
   const __m256 half = fold(quarter(halve(a[0], a[1]), halve(a[2], a[3])));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-inline void eight_sums(const V* a, float* out) {
-  const __m256 low = fold(quarter(halve(a[0], a[1]), halve(a[2], a[3])));
-  const __m256 high = fold(quarter(halve(a[4], a[5]), halve(a[6], a[7])));
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
-}
 // Which of n values (64 at most) are not zero.
 template <int n>
 inline uint64_t not_zero(const uint32_t* p) {

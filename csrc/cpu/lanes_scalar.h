@@ -40,9 +40,6 @@ inline float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline void four_sums(const V* a, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
 }
-inline void eight_sums(const V* a, float* out) {
-  for (int i = 0; i < 8; ++i) out[i] = sum(a[i]);
-}
 // Which of n values (64 at most) are not zero.
 template <int n>
 inline uint64_t not_zero(const uint32_t* p) {

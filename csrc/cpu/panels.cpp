@@ -298,20 +298,23 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
       for (int64_t d = 0; d < dim; ++d) kept += rows[j * dim + d] * next[rank[j] * dim + d];
     captured = total > 0 ? kept / total : 0;
   }
-  basis_ = aligned_floats((directions + 1) * dim);
+  basis_ = aligned_floats((2 * directions + 1) * dim);
   for (int64_t i = 0; i < directions * dim; ++i) basis_[i] = std::isfinite(rows[i]) ? (float)rows[i] : 0.0f;
   std::copy(centre, centre + dim, basis_.get() + directions * dim);
+  float* turned = basis_.get() + (directions + 1) * dim;
+  for (int64_t d = 0; d < dim; ++d)
+    for (int j = 0; j < directions; ++j) turned[d * directions + j] = basis_[j * dim + d];
   plan.coordinates = directions + 1;
   plan.dim = dim;
-  plan.basis = basis_.get();
+  plan.basis = turned;
   plan.centre = basis_.get() + directions * dim;
 }
 
 void PanelBuild::find_allowances(const Codes& codes) {
   const int64_t dim = plan.dim;
   const int directions = plan.coordinates - 1;
-  const double ops = kernels().ops_per_term, defect = orthonormality_defect(plan.basis, directions, dim);
-  const double per_sum = ops * (dim / 2 + 8) * kUnitRoundoff;              // at least four sums side by side
+  const double ops = kernels().ops_per_term, defect = orthonormality_defect(basis_.get(), directions, dim);
+  const double per_sum = ops * (dim + 8) * kUnitRoundoff;                  // of a projection: one term after the other
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
   plan.rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
   plan.rounding = 2 * 0.503f * sqrtf((float)(directions + 1));
@@ -320,7 +323,7 @@ void PanelBuild::find_allowances(const Codes& codes) {
   plan.row_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +
                          4 * ops * (directions + 6) * kUnitRoundoff);
   plan.code_rel = (float)(plan.row_rel + plan.rest_rel + 1e-6);
-  plan.full_rel = (float)(2 * per_sum + 8 * kUnitRoundoff);
+  plan.full_rel = (float)(ops * (dim + 24) * kUnitRoundoff);               // at least four sums side by side
   // Unit vectors carry their own rounding, and the contract's double rounding of the similarity shows as a distance too.
   plan.radius = codes.unit_vectors() ? (float)(8 * kUnitRoundoff + sqrt((dim + 8) * 0x1p-50)) : 0.0f;
   plan.tiny = 1e-30f;

@@ -87,7 +87,7 @@ struct PanelPlan {
   int64_t panels_count, groups_count;
   int coordinates;         // of a point: 4 or 10
   const float* centre;     // [dim]
-  const float* basis;      // [coordinates - 1, dim]
+  const float* basis;      // [dim, coordinates - 1]
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
   int64_t ld;
   int64_t dim;

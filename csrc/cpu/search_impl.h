@@ -186,62 +186,34 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
 
-constexpr int kSide = W < 16 ? 1 : 2;  // rows that share a load of the directions; more would not stay in registers
-constexpr int kRowSums = (kMaxCoordinates + W - 1) / W * W;
-
-// Sums of kSide rows: their coordinates, and their square in the last place.
+// Points of up to W rows: a block of them is turned around, so that each lane is a row and no sum runs across lanes.
 template <int kCoordinates>
-inline __attribute__((always_inline)) void row_sums(const PanelPlan& plan, const float* const* rows, float (*out)[kRowSums]) {
-  constexpr int kSums = (kCoordinates + 3) / 4 * 4;
-  V y[kSide][kSums];
-#pragma GCC unroll 2
-  for (int r = 0; r < kSide; ++r)
-#pragma GCC unroll 12
-    for (int j = 0; j < kSums; ++j) y[r][j] = set(0);
-  const auto step = [&](int64_t d, auto read) {
+inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
+  const float* row[W];
+  for (int r = 0; r < W; ++r) row[r] = rows + (r < n ? r : n - 1) * ld;
+  V at[kCoordinates];  // the last one is the square
+  for (int j = 0; j < kCoordinates; ++j) at[j] = set(0);
+  const auto block = [&](int64_t d, int count, auto read) {
     const V centre = read(plan.centre + d);
-    V x[kSide];
-#pragma GCC unroll 2
-    for (int r = 0; r < kSide; ++r) {
-      x[r] = sub(read(rows[r] + d), centre);
-      y[r][kCoordinates - 1] = fma(x[r], x[r], y[r][kCoordinates - 1]);
+    V x[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      x[r] = sub(read(row[r] + d), centre);
+      __builtin_prefetch(row[r] + W * ld + d);  // rows come from memory for the first time here; past the last one it does nothing
     }
-#pragma GCC unroll 12
-    for (int j = 0; j < kCoordinates - 1; ++j) {
-      const V direction = read(plan.basis + j * plan.dim + d);
-#pragma GCC unroll 2
-      for (int r = 0; r < kSide; ++r) y[r][j] = fma(x[r], direction, y[r][j]);
+    transpose(x);
+    const float* directions = plan.basis + d * (kCoordinates - 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i == count) break;
+      at[kCoordinates - 1] = fma(x[i], x[i], at[kCoordinates - 1]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kCoordinates - 1; ++j) at[j] = fma(x[i], set(directions[i * (kCoordinates - 1) + j]), at[j]);
     }
   };
   int64_t d = 0;
-  for (; d + W <= plan.dim; d += W) step(d, [](const float* p) { return load(p); });
-  if (d < plan.dim) step(d, [n = (int)(plan.dim - d)](const float* p) { return load_part(p, n); });
-#pragma GCC unroll 2
-  for (int r = 0; r < kSide; ++r) {
-    if constexpr (kSums >= 8) eight_sums(y[r], out[r]);
-    if constexpr (kSums % 8 == 4) four_sums(y[r] + kSums - 4, out[r] + kSums - 4);
-  }
-}
-
-// Points of up to W rows: what follows from their sums is done for all of them at once.
-template <int kCoordinates>
-inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
-  constexpr int kAhead = 8;  // rows come from memory for the first time here; a fetch past the last one does nothing
-  alignas(64) float sums[W][kRowSums] = {};
-  for (int r = 0; r < n; r += kSide) {
-    const float* some[kSide];
-    for (int i = 0; i < kSide; ++i) {
-      some[i] = rows + (r + i < n ? r + i : n - 1) * ld;
-      fetch(rows + (r + i + kAhead) * ld, plan.dim);
-    }
-    row_sums<kCoordinates>(plan, some, sums + r);
-  }
-  V at[kCoordinates], block[W];
-  for (int first = 0; first < kCoordinates; first += W) {
-    for (int r = 0; r < W; ++r) block[r] = load(sums[r] + first);
-    transpose(block);
-    for (int j = first; j < first + W && j < kCoordinates; ++j) at[j] = block[j - first];
-  }
+  for (; d + W <= plan.dim; d += W) block(d, W, [](const float* p) { return load(p); });
+  if (d < plan.dim) block(d, (int)(plan.dim - d), [n = (int)(plan.dim - d)](const float* p) { return load_part(p, n); });
   V kept = set(0);
   for (int j = 0; j < kCoordinates - 1; ++j) kept = fma(at[j], at[j], kept);
   const V norm = at[kCoordinates - 1], rest = max(sub(mul(norm, set(1.0f + plan.rest_rel)), kept), set(0));
@@ -250,8 +222,8 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
 
   const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(plan.per_unit);
   constexpr int kFields = sizeof(PanelQuery) / 4, kWords = kMaxCoordinates / 2;  // words of a point, and those of its coordinates
-  static_assert(__builtin_offsetof(PanelQuery, norm) == 4 * kWords && __builtin_offsetof(PanelQuery, excess) == 4 * kWords + 4 &&
-                    kFields <= kRowSums, "coordinates, norm and excess");
+  static_assert(__builtin_offsetof(PanelQuery, norm) == 4 * kWords && __builtin_offsetof(PanelQuery, excess) == 4 * kWords + 4,
+                "coordinates, norm and excess");
   V field[kFields + W];
   for (int j = 0; j < kFields + W; ++j) field[j] = set(0);
   for (int j = 0; j < kCoordinates; j += 2) {
@@ -260,11 +232,12 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
   }
   field[kWords] = norm;
   field[kWords + 1] = excess;
+  alignas(64) float fields[W][(kFields + W - 1) / W * W];
   for (int first = 0; first < kFields; first += W) {
     transpose(field + first);
-    for (int r = 0; r < W; ++r) store(sums[r] + first, field[first + r]);
+    for (int r = 0; r < W; ++r) store(fields[r] + first, field[first + r]);
   }
-  for (int r = 0; r < n; ++r) __builtin_memcpy(out + r, sums[r], sizeof(PanelQuery));
+  for (int r = 0; r < n; ++r) __builtin_memcpy(out + r, fields[r], sizeof(PanelQuery));
 }
 
 void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, PanelQuery* out) {

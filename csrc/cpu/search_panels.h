@@ -50,9 +50,11 @@ struct Batch {
   float norm[kBatchRows], length[kBatchRows];  // |x - centre|^2 and its root
   float excess[kBatchRows];            // what a row adds to squared distances of coordinates
   int32_t first[kBatchRows];           // code that is evaluated before the panels; -1: none
+  int32_t first_at[kBatchRows];        // its place in its group of panels, kPanel to a panel; -1: not known
   const float* x[kBatchRows];          // what distances subtract codes from
   Row row[kBatchRows];
   Visit visit[kChunk + kPanelGroup];   // that wait for the screen
+  alignas(64) uint32_t left[kChunk + kPanelGroup][kNear];  // lanes of the visit's panel that a row has yet to evaluate: all but its first code
   int visits;
   Survivor survivor[kEnough + kChunk * kNear * kPanel];
   int survivors;
@@ -206,7 +208,7 @@ inline void start_row(Batch<kTwos, kNear>& b, int r, const float* exact, const f
   b.norm[r] = query.norm;
   b.excess[r] = query.excess;
   b.upper[r] = __builtin_huge_valf();
-  b.first[r] = -1;
+  b.first[r] = b.first_at[r] = -1;
   b.x[r] = x;
   b.row[r].exact = exact;
   b.row[r].best = __builtin_inf();
@@ -218,6 +220,7 @@ inline void start_row(Batch<kTwos, kNear>& b, int r, const float* exact, const f
 template <int kTwos, int kNear>
 inline void start_empty(Batch<kTwos, kNear>& b, int r) {
   for (int j = 0; j < kTwos; ++j) b.q[j][r] = 0;
+  b.first_at[r] = -1;
   b.norm[r] = b.excess[r] = 0.0f;
   b.row[r].count = 0;
 }
@@ -253,7 +256,10 @@ inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
   }
   for (int r = 0; r < kNear; ++r) {
     const int32_t least = ismallest(best[r]), lane = __builtin_ctz(iequal(best[r], iset(least)));
-    if (least < INT32_MAX - kLast) b.first[tile * kNear + r] = plan.id[begin * kPanel + (least & kLast) * W + lane];
+    if (least >= INT32_MAX - kLast) continue;
+    const int64_t at = begin * kPanel + (least & kLast) * W + lane;
+    b.first[tile * kNear + r] = plan.id[at];
+    b.first_at[tile * kNear + r] = (int32_t)(at % (kPanelGroup * kPanel));
   }
 }
 
@@ -319,13 +325,15 @@ inline uint32_t near_boxes(const int32_t* low, const int32_t* high, const Batch<
 template <int kNear>
 struct Screened {
   alignas(64) int32_t score[kChunk][kNear][kPanel];
-  uint32_t lanes[kChunk * kNear];
+  alignas(64) uint32_t lanes[kChunk * kNear];
 };
 
 // No branch here, so that visits overlap in the processor.
 template <int kTwos, int kNear>
-inline void screen_panel(const Batch<kTwos, kNear>& b, int tile, int64_t panel, int place, Screened<kNear>* out) {
+inline void screen_panel(const Batch<kTwos, kNear>& b, int place, Screened<kNear>* out) {
   const PanelPlan& plan = *b.plan;
+  const int tile = b.visit[place].tile;
+  const int64_t panel = b.visit[place].panel;
   uint32_t lanes[kNear] = {};
   for (int u = 0; u < kPanel; u += kUnit) {
     I a[kNear], c[kNear];
@@ -339,20 +347,20 @@ inline void screen_panel(const Batch<kTwos, kNear>& b, int tile, int64_t panel, 
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kNear; ++r) out->lanes[place * kNear + r] = lanes[r];
+  for (int r = 0; r < kNear; ++r) out->lanes[place * kNear + r] = lanes[r] & b.left[place][r];
 }
 
 // Screens up to kChunk visits and lists what survives; its codes are on their way from memory when it is evaluated.
 template <int kTwos, int kNear>
-__attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, const Visit* visit, int count) {
+__attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, int count) {
   const PanelPlan& plan = *b.plan;
   Screened<kNear> screened;
-  for (int i = 0; i < count; ++i) screen_panel<kTwos, kNear>(b, visit[i].tile, visit[i].panel, i, &screened);
+  for (int i = 0; i < count; ++i) screen_panel<kTwos, kNear>(b, i, &screened);
   for (int i = count * kNear; i < kChunk * kNear; ++i) screened.lanes[i] = 0;
   Survivor* out = b.survivor + b.survivors;
   for (uint64_t some = not_zero<kChunk * kNear>(screened.lanes); some; some &= some - 1) {
-    const int at = __builtin_ctzll(some), place = at / kNear, r = at % kNear, row = visit[place].tile * kNear + r;
-    const int32_t* id = plan.id + (int64_t)visit[place].panel * kPanel;
+    const int at = __builtin_ctzll(some), place = at / kNear, r = at % kNear, row = b.visit[place].tile * kNear + r;
+    const int32_t* id = plan.id + (int64_t)b.visit[place].panel * kPanel;
     for (uint32_t lanes = screened.lanes[at]; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
       fetch(plan.codes + (int64_t)id[lane] * plan.ld, plan.dim);
@@ -368,15 +376,19 @@ __attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, const Visit
 template <int kTwos, int kNear>
 inline void add_visits(Batch<kTwos, kNear>& b, int tile, int64_t group, uint32_t near) {
   for (; near; near &= near - 1) b.visit[b.visits++] = {tile, (int32_t)(group * kPanelGroup) + __builtin_ctz(near)};
+}
+
+template <int kTwos, int kNear>
+inline void screen_full_chunk(Batch<kTwos, kNear>& b) {
   if (b.visits < kChunk) return;
-  screen_visits<kTwos, kNear>(b, b.visit, kChunk);
+  screen_visits<kTwos, kNear>(b, kChunk);
   b.visits -= kChunk;
   for (int i = 0; i < b.visits; ++i) b.visit[i] = b.visit[kChunk + i];
 }
 
 template <int kTwos, int kNear>
 inline void finish_visits(Batch<kTwos, kNear>& b) {
-  if (b.visits) screen_visits<kTwos, kNear>(b, b.visit, b.visits);
+  if (b.visits) screen_visits<kTwos, kNear>(b, b.visits);
   b.visits = 0;
   evaluate_survivors(b);
 }
@@ -403,9 +415,20 @@ inline void visit_home(Batch<kTwos, kNear>& b) {
   for (int t = 0; t < b.tiles; ++t) near[t] = near_panels<kTwos, kNear>(b, t, b.home[t] / kPanelGroup);
   for (int t = 0; t < b.tiles; ++t) {
     b.counts.panels += (int64_t)__builtin_popcount(near[t]) * rows_of_tile(b, t);
+    const int before = b.visits;
     add_visits<kTwos, kNear>(b, t, b.home[t] / kPanelGroup, near[t]);
+    for (int r = 0; r < kNear; ++r) {
+      const int32_t at = b.first_at[t * kNear + r];
+      const uint32_t panel = 1u << (uint32_t)at / kPanel % kPanelGroup;
+      if (at >= 0 && (near[t] & panel)) b.left[before + __builtin_popcount(near[t] & (panel - 1))][r] = ~(1u << at % kPanel);
+    }
+    if (b.visits < kChunk) continue;
+    screen_full_chunk(b);
+    __builtin_memcpy(b.left, b.left + kChunk, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
+    __builtin_memset(b.left + kChunk, 0xFF, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
   }
   finish_visits(b);
+  __builtin_memset(b.left, 0xFF, sizeof(b.left));
 }
 
 // All others: groups first, then the panels of those in reach.
@@ -422,7 +445,7 @@ inline void visit_others(Batch<kTwos, kNear>& b) {
                   first_of_16(plan.groups_count - block * kPanelGroup);
       if (block == home / kPanelGroup) groups[t] &= ~(1u << home % kPanelGroup);
     }
-    Visit pair[b.kTiles * kPanelGroup];  // tile and group
+    struct Pair { int32_t tile, panel; } pair[b.kTiles * kPanelGroup];  // tile and group
     uint32_t near[b.kTiles * kPanelGroup];
     int pairs = 0;
     for (int t = 0; t < b.tiles; ++t)
@@ -433,6 +456,7 @@ inline void visit_others(Batch<kTwos, kNear>& b) {
     for (int i = 0; i < pairs; ++i) {
       b.counts.panels += (int64_t)__builtin_popcount(near[i]) * rows_of_tile(b, pair[i].tile);
       add_visits<kTwos, kNear>(b, pair[i].tile, pair[i].panel, near[i]);
+      screen_full_chunk(b);
     }
   }
   finish_visits(b);
@@ -505,6 +529,7 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
   b.plan = &plan;
   b.exact = &e;
   b.survivors = b.visits = 0;
+  __builtin_memset(b.left, 0xFF, sizeof(b.left));
   b.counts = {};
   for (int64_t i = 0; i < n; i += kBatchRows, order += kBatchRows) {
     b.rows = n - i < kBatchRows ? (int)(n - i) : kBatchRows;
@@ -522,7 +547,7 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
       choose_first(b, t, b.home[t]);
     }
     for (int r = 0; guess && r < b.rows; ++r)
-      if (guess[order[r]] >= 0) b.first[r] = (int32_t)guess[order[r]];
+      if (guess[order[r]] >= 0) b.first[r] = (int32_t)guess[order[r]], b.first_at[r] = -1;
     for (int r = 0; r < b.rows; ++r) fetch(plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld, plan.dim);
     evaluate_first(b);
     visit_home<kTwos, kNear>(b);
