@@ -148,7 +148,7 @@ struct PanelBuild {
 
  private:
   std::vector<const float*> sample_codes(const Codes&, double* total);  // of their squares
-  void find_basis(const Codes&, const std::vector<const float*>& sample, double total, const Hints&);
+  void find_basis(const Codes&, const std::vector<const float*>& sample, double total, const Hints&, const Parallel&);
   void find_allowances(const Codes&);
   void project_codes(const Codes&, const Parallel&);
   void find_order(const Codes&, const Hints&, const Parallel&);

@@ -15,6 +15,7 @@ constexpr int64_t kBasisSample = 512;  // codes that the principal directions ar
 constexpr int64_t kBasisSampleLeast = 128;
 constexpr int kExtra = 3;              // directions iterated beyond those kept
 constexpr int kIterations = 2;
+constexpr int kShares = 2;             // of the sample that threads take; part of the result's definition
 constexpr double kMargin = 1.5;        // how much larger than the sample's largest square others may be
 constexpr double kWorthIt = 0.55;      // share of the variance that the directions must hold
 
@@ -230,7 +231,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
   if (codes.work().dim > kMaxPanelDim) return;
   double total;
   const std::vector<const float*> sample = sample_codes(codes, &total);
-  find_basis(codes, sample, total, hints);
+  find_basis(codes, sample, total, hints, parallel);
   find_allowances(codes);
   if (captured < kWorthIt) return;
   worth_it = true;
@@ -261,7 +262,8 @@ std::vector<const float*> PanelBuild::sample_codes(const Codes& codes, double* t
 }
 
 // Principal directions of a sample by subspace iteration, or the caller's. Any orthonormal rows are valid: they decide the cost only.
-void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>& sample, double total, const Hints& hints) {
+void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>& sample, double total, const Hints& hints,
+                            const Parallel& parallel) {
   const int64_t dim = codes.work().dim;
   const float* centre = codes.centre().data();
   const int directions = directions_of(dim);
@@ -275,11 +277,17 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
       rows[j * dim + d] = !given ? (double)row[d] - centre[d] : std::isfinite(row[d]) ? row[d] : 0.0;
   }
   orthonormalise(rows, given ? wanted : iterated, dim);
-  std::vector<float> current(padded * dim), next(padded * dim);
+  std::vector<float> current(padded * dim), next(kShares * padded * dim);
   for (int step = 0; step < (given ? 1 : kIterations); ++step) {
     for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
     std::fill(next.begin(), next.end(), 0.0f);
-    for (const float* row : sample) kernels().apply_covariance(row, centre, current.data(), padded, dim, next.data());
+    parallel(kShares, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
+        for (size_t i = s; i < sample.size(); i += kShares)
+          kernels().apply_covariance(sample[i], centre, current.data(), padded, dim, next.data() + s * padded * dim);
+    });
+    for (int s = 1; s < kShares; ++s)
+      for (int64_t i = 0; i < padded * dim; ++i) next[i] += next[s * padded * dim + i];
     // Largest images first, so that the leading rows are the principal ones.
     std::vector<int> rank(iterated);
     std::iota(rank.begin(), rank.end(), 0);
