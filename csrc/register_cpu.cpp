@@ -1,5 +1,5 @@
-// The CPU implementations of nearest, gather, code_stats, ema_update_, quantize, residual and search_hints: checks what only native code can rely
-// on, and hands raw pointers to csrc/cpu. LibTorch stable ABI, IMPL only: the schemas are defined in Python.
+// The CPU implementations of nearest, search_hints, gather, code_stats, ema_update_, quantize and residual: checks what only native
+// code can rely on, and hands raw pointers to csrc/cpu. LibTorch stable ABI, IMPL only: the schemas are defined in Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -275,14 +275,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_cpu(
 
 }  // namespace
 
-// What a search does, for tests and reports: x [n, dim] and codebook [k, dim] contiguous; metric and road as in nearest.h.
+// What a search does, for tests and reports: x [n, dim] and codebook [k, dim] contiguous; metric and road as in nearest.h; order [k] a hint, or
+// null.
 // out: road, rows, panels of the codebook, and the sums over rows of groups, panels, evaluations and candidates; then the codes
 // that the plans search and those that every row tries by the exact formula.
 VQFAST_EXPORT void vqfast_cpu_search_counts(const float* x, int64_t n, const float* codebook, int64_t k, int64_t dim, int metric,
-                                            int road, float* distance, int64_t* indices, int64_t* out) {
+                                            int road, const int64_t* order, float* distance, int64_t* indices, int64_t* out) {
   const View rows{x, vqfast::Type::kFloat32, {1, 1, n, dim}, {n * dim, n * dim, dim, 1}};
   const View codes{codebook, vqfast::Type::kFloat32, {1, 1, k, dim}, {k * dim, k * dim, dim, 1}};
-  const vqfast::Hints hints;
+  vqfast::Hints hints;
+  hints.order = order;
   const vqfast::Metric by = static_cast<vqfast::Metric>(metric);
   vqfast::SearchReport report;
   vqfast::nearest(rows, codes, by, &hints, distance, indices, pool(), static_cast<vqfast::Road>(road), &report);

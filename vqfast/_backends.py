@@ -98,12 +98,15 @@ class SearchCounts(NamedTuple):
     indices: torch.Tensor
 
 
-def search_counts(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", road: str = "auto") -> SearchCounts:
+def search_counts(
+    x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", road: str = "auto", order: torch.Tensor | None = None
+) -> SearchCounts:
     """Search by the native CPU kernels and count what they do; for tests and reports.
 
     Args:
         x: [N, D] float32, contiguous. codebook: [K, D] likewise.
         metric: "l2", "cosine" or "dot".
+        order: [K] int64, the hint of that name.
         road: "auto" as `nearest` would choose, or the one to take ("panels" and "bytes" fall back to dense where there are none).
 
     Raises:
@@ -116,13 +119,16 @@ def search_counts(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", r
         if tensor.dtype != torch.float32 or tensor.dim() != 2 or not tensor.is_contiguous() or tensor.shape[1] != x.shape[1]:
             raise ValueError(f"{name} must be contiguous float32 [rows, D] on the CPU, got {list(tensor.shape)} {tensor.dtype}.")
     distance, indices = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    if order is not None and (order.dtype != torch.int64 or order.shape != (len(codebook),) or not order.is_contiguous()):
+        raise ValueError(f"order must be contiguous int64 [{len(codebook)}], got {list(order.shape)} {order.dtype}.")
+    hint = ctypes.c_void_p(None if order is None else order.data_ptr())
     out = (ctypes.c_int64 * 9)()
     sizes = [ctypes.c_int64(size) for size in (len(x), len(codebook), x.shape[1])]
     address = [ctypes.c_void_p(t.data_ptr()) for t in (x, codebook, distance, indices)]
     library = ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so")))
     library.vqfast_cpu_search_counts.restype = None
     library.vqfast_cpu_search_counts(
-        address[0], sizes[0], address[1], *sizes[1:], _border.METRICS[metric], ROADS.index(road), *address[2:], out
+        address[0], sizes[0], address[1], *sizes[1:], _border.METRICS[metric], ROADS.index(road), hint, *address[2:], out
     )
     return SearchCounts(ROADS[out[0]], *out[1:], distance, indices)
 

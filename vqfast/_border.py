@@ -71,7 +71,11 @@ def implement(op: str, backend: str, function: Callable) -> None:
 
 def _implement(name: str, function: Callable, key: str) -> None:
     # Torch's own ops inside must not be recorded either: an op has the gradient that `define` gives it, or none.
-    _library.impl(name, torch.no_grad()(function), key)
+    def unrecorded(*args):
+        with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return function(*args)
+
+    _library.impl(name, unrecorded, key)
 
 
 def call(op: str, backend: str) -> Callable:

@@ -75,7 +75,8 @@ PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
 NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
-  const double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
+  double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
+  if (panels_ && !(panels < 1) && (hints.order || hints.basis)) panels = panels_cost(rows, Hints{}, false);  // were they to blame?
   const bool bytes_may_win = road == Road::kBytes || (road == Road::kAuto && panels > least_of_bytes(codes.work().dim));
   const double bytes = bytes_may_win ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
   report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;

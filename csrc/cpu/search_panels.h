@@ -259,6 +259,7 @@ inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
     if (least >= INT32_MAX - kLast) continue;
     const int64_t at = begin * kPanel + (least & kLast) * W + lane;
     b.first[tile * kNear + r] = plan.id[at];
+    static_assert(kPanelGroup % kFirstPanels == 0, "the home's group holds them all");
     b.first_at[tile * kNear + r] = (int32_t)(at % (kPanelGroup * kPanel));
   }
 }
@@ -424,6 +425,7 @@ inline void visit_home(Batch<kTwos, kNear>& b) {
     }
     if (b.visits < kChunk) continue;
     screen_full_chunk(b);
+    static_assert(kPanelGroup <= kChunk, "what is carried over fits in front");
     __builtin_memcpy(b.left, b.left + kChunk, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
     __builtin_memset(b.left + kChunk, 0xFF, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
   }
@@ -445,17 +447,19 @@ inline void visit_others(Batch<kTwos, kNear>& b) {
                   first_of_16(plan.groups_count - block * kPanelGroup);
       if (block == home / kPanelGroup) groups[t] &= ~(1u << home % kPanelGroup);
     }
-    struct Pair { int32_t tile, panel; } pair[b.kTiles * kPanelGroup];  // tile and group
+    struct Reach {
+      int32_t tile, group;
+    } reach[b.kTiles * kPanelGroup];
     uint32_t near[b.kTiles * kPanelGroup];
-    int pairs = 0;
+    int count = 0;
     for (int t = 0; t < b.tiles; ++t)
       for (uint32_t left = groups[t]; left; left &= left - 1)
-        pair[pairs++] = {t, (int32_t)(block * kPanelGroup) + __builtin_ctz(left)};
-    b.counts.groups += pairs;
-    for (int i = 0; i < pairs; ++i) near[i] = near_panels<kTwos, kNear>(b, pair[i].tile, pair[i].panel);
-    for (int i = 0; i < pairs; ++i) {
-      b.counts.panels += (int64_t)__builtin_popcount(near[i]) * rows_of_tile(b, pair[i].tile);
-      add_visits<kTwos, kNear>(b, pair[i].tile, pair[i].panel, near[i]);
+        reach[count++] = {t, (int32_t)(block * kPanelGroup) + __builtin_ctz(left)};
+    b.counts.groups += count;
+    for (int i = 0; i < count; ++i) near[i] = near_panels<kTwos, kNear>(b, reach[i].tile, reach[i].group);
+    for (int i = 0; i < count; ++i) {
+      b.counts.panels += (int64_t)__builtin_popcount(near[i]) * rows_of_tile(b, reach[i].tile);
+      add_visits<kTwos, kNear>(b, reach[i].tile, reach[i].group, near[i]);
       screen_full_chunk(b);
     }
   }

@@ -104,6 +104,14 @@ def test_opcheck_nearest(backend, name):
     check_op(backend, name)
 
 
+def test_results_carry_no_tangent(backend):
+    x, codebook, _ = inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.to(device_of(backend)), torch.ones_like(x, device=device_of(backend)))
+        distance, _ = op("nearest", backend)(dual, codebook.to(device_of(backend)), 0, None, None, None)
+        assert torch.autograd.forward_ad.unpack_dual(distance).tangent is None
+
+
 @pytest.mark.family("hints")
 def test_opcheck_search_hints(backend):
     check_op(backend, "search_hints")

@@ -234,7 +234,7 @@ def orders_for_panels():
     return {
         "fresh": order,
         "reversed": order.flip(1),
-        "shifted": order.roll(5, 1),
+        "shifted": order.roll(-5, 1),
         "swapped": swapped,
         "random": torch.randperm(PRUNED_CODES, generator=cases.generator(85))[None],
         "repeated": repeated,
@@ -255,6 +255,32 @@ def test_an_order_on_the_pruned_road(metric):
         for directions in (None, basis):
             found = nearest(x, codebook, code, order, directions, None)
             same(found[1], plain[1], name), same(found[0], plain[0], name)
+
+
+@pytest.mark.parametrize("name", [name for name in GUESSES if name not in ("right", "expanded")])
+def test_guesses_on_the_pruned_road(name):
+    x, codebook = pruned()
+    nearest = op("nearest", "cpu")
+    plain = nearest(x, codebook, 0, None, None, None)
+    guess = GUESSES[name]().flatten().repeat(MANY)[:MANY][None, None].contiguous()
+    for order in (None, orders_for_panels()["swapped"]):
+        found = nearest(x, codebook, 0, order, None, guess)
+        same(found[1], plain[1], name), same(found[0], plain[0], name)
+
+
+def test_an_order_is_used_and_a_bad_one_is_let_go():
+    """The counts show it: a fresh order visits about what the search's own does, a random one nearly every panel."""
+    x, codebook = (t.flatten(0, -2) for t in pruned())
+    orders = {name: order[0].contiguous() for name, order in orders_for_panels().items()}
+    plain = _backends.search_counts(x, codebook)
+    fresh = _backends.search_counts(x, codebook, road="panels", order=orders["fresh"])
+    random = _backends.search_counts(x, codebook, road="panels", order=orders["random"])
+    assert fresh.panels < 1.2 * plain.panels and random.panels > 3 * plain.panels
+    for name in ("repeated", "enormous"):
+        assert _backends.search_counts(x, codebook, road="panels", order=orders[name]).panels == plain.panels
+    # Left to itself, the search sees that the order is to blame, and finds its own.
+    free = _backends.search_counts(x, codebook, order=orders["random"])
+    assert (free.road, free.panels) == ("panels", plain.panels)
 
 
 # ---- search_hints ------------------------------------------------------------------------------------------------------------

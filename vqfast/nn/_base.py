@@ -98,7 +98,6 @@ class QuantizerBase(WideState):
         if self.metric == "cosine":
             codebook = nn.functional.normalize(codebook.to(self.codebook.dtype), dim=-1)
         self.codebook.copy_(codebook)
-        self._hints.forget()
         self._reset_state()
 
     @torch.no_grad()
@@ -150,7 +149,7 @@ class QuantizerBase(WideState):
         """Indices of the nearest codes: int64, z's shape without the channel axis ([B, G, ...] with several groups)."""
         rows, like = self._rows(z)
         codebook = self._grouped(self.codebook)
-        indices = search(rows, codebook, self.metric_code, self._hints.of(codebook, self.metric_code)).indices
+        indices = search(rows, codebook, self.metric_code, self._hints.of(rows, codebook, self.metric_code)).indices
         return _layout.indices_to_user(indices, like)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -179,7 +178,6 @@ class QuantizerBase(WideState):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._any_frozen = bool(self.frozen.any())
-        self._hints.forget()
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, codebook_size={self.codebook_size}, metric={self.metric!r}, channel_dim={self.channel_dim}"

@@ -8,39 +8,70 @@ from torch import Tensor
 from vqfast import _backends, _border
 from vqfast.ops.hints import SearchHints
 
+_SAMPLE = 64  # codes of a group that tell whether the codebook has moved
+
 
 class HintKeeper:
-    """Hints of a codebook that moves a little from step to step, found anew every `STEPS` searches; what a layer holds.
+    """Order and directions of a codebook that moves a little from step to step; what a layer holds.
 
-    They save the CPU's pruned search from putting a large codebook in order at every call. Copies and pickles start without.
+    They save the CPU's pruned search from putting a large codebook in order at every call. They are found anew after `STEPS`
+    searches of a codebook that moves, and as soon as it has jumped. Copies and pickles start without.
     """
 
-    LEAST_CODES = 2048  # of fewer codes the order costs next to nothing
+    LEAST_CODES = 4096  # of fewer codes the order costs next to nothing
     STEPS = 32
+    FAR = 0.02  # part of the codes' variance: neighbours that moved by so much may no longer be neighbours
 
     def __init__(self):
-        self.forget()
+        self._hints = SearchHints()
+        self._sample: Tensor | None = None  # some of the codes that the hints are of
+        self._variance = 0.0  # of those
+        self._uses = 0
 
     def __reduce__(self):
         return HintKeeper, ()
 
-    def forget(self) -> None:
-        """The codebook was replaced."""
-        self._hints, self._uses = SearchHints(), self.STEPS
-
-    def of(self, codebook: Tensor, metric: int) -> SearchHints:
-        """Hints for codebook [G, K, D]; none where the search would make no use of them, or in a traced graph."""
-        if codebook.shape[1] < self.LEAST_CODES or torch.compiler.is_compiling() or not _is_plain(codebook):
+    def of(self, rows: Tensor, codebook: Tensor, metric: int) -> SearchHints:
+        """Hints for a search of rows [B, G, N, D] in codebook [G, K, D]; none where it would make no use of them, or is traced."""
+        if codebook.shape[1] < self.LEAST_CODES or not _is_pruned(rows, codebook) or _is_traced():
             return SearchHints()
-        if _backends.choose("nearest", None, codebook) != "cpu":
+        if _backends.choose("nearest", None, rows, codebook) != "cpu" or _backends.reasons("hints", "cpu", codebook):
             return SearchHints()
-        stale = self._uses >= self.STEPS or self._hints.order.shape != codebook.shape[:2]
-        if stale or self._hints.basis.shape[-1] != codebook.shape[-1]:
-            self._hints, self._uses = SearchHints(*_border.call("search_hints", "cpu")(codebook.detach(), metric)), 0
-        self._uses += 1
+        codes = codebook.detach()
+        sample = codes[:, :: max(1, codes.shape[1] // _SAMPLE)]
+        moved = self._moved(sample)
+        if moved > self.FAR * self._variance or self._uses >= self.STEPS:
+            order, basis = _border.call("search_hints", "cpu")(codes, metric)
+            # For dot the search has directions of its own, in one more dimension.
+            hints = SearchHints(order, None if metric == _border.METRICS["dot"] else basis)
+            self._hints, self._sample, self._uses = hints, sample.clone(), 0
+            self._variance = _mean_square(sample - sample.mean(1, keepdim=True))
+        self._uses += moved > 0
         return self._hints
 
+    def _moved(self, sample: Tensor) -> float:
+        """Mean squared distance of these codes from those of the hints; infinite where there are none like them."""
+        before = self._sample
+        if before is None or sample.shape != before.shape or sample.dtype != before.dtype:
+            return float("inf")
+        return _mean_square(sample - before)
 
-def _is_plain(tensor: Tensor) -> bool:
-    # What is kept must not outlive a transform: no fake tensor, no tensor of vmap or grad.
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+def _is_pruned(rows: Tensor, codebook: Tensor) -> bool:
+    """Whether the CPU may take its pruned road for so many rows (csrc/cpu: few.cpp, nearest.cpp)."""
+    count, dim = rows.shape[0] * rows.shape[2], rows.shape[3]
+    return count > 64 + 24_576 // dim and count * codebook.shape[1] * dim >= 1 << 24
+
+
+def _is_traced() -> bool:
+    # What is kept must be real and plain: nothing of a graph, a mode or a transform (vmap, grad).
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _mean_square(difference: Tensor) -> float:
+    return float(difference.square().nan_to_num(0.0).mean())  # codes that are not finite tell nothing

@@ -136,7 +136,7 @@ class _Quantizer(QuantizerBase):
 
     def _search(self, rows: Tensor, mask: Tensor | None, with_sums: bool) -> quantize.Step:
         codebook = self._grouped(self._lookup_codebook(rows))
-        hints = self._hints.of(codebook, self.metric_code)
+        hints = self._hints.of(rows, codebook, self.metric_code)
         return quantize.step(rows, codebook, mask, metric=self.metric_code, with_sums=with_sums, hints=hints)
 
     def _needs_sums(self) -> bool:

@@ -135,7 +135,6 @@ class Codebook(WideState):
             setattr(self, name, None if saved is None else torch.zeros_like(saved, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._may_need_init = not bool(self.initted)
-        self._hints.forget()
 
     @property
     def metric(self) -> str:
@@ -178,7 +177,7 @@ class Codebook(WideState):
         """
         if temperature is None and topk is None:
             metric = _shapes.check_metric(self.metric)
-            step = quantize.step(rows, codes, mask, metric=metric, with_sums=with_sums, hints=self._hints.of(codes, metric))
+            step = quantize.step(rows, codes, mask, metric=metric, with_sums=with_sums, hints=self._hints.of(rows, codes, metric))
             quantized = gather(codes, step.indices) if codes.requires_grad else step.quantized.detach()
             quantized = self._softly(quantized, rows, codes, soft)
             return Found(step.indices, quantized, step.sq_error, step.sums, step.counts)
@@ -447,7 +446,6 @@ class Codebook(WideState):
         self.update_ema()
         self.initted.fill_(True)
         self._may_need_init = False
-        self._hints.forget()
 
     def _draw(self, rows: Tensor, shared: bool) -> Tensor:
         """K rows at random, with repeats where there are fewer, none from none; of all processes where shared."""
