@@ -33,6 +33,8 @@ class HintKeeper:
 
     def of(self, rows: Tensor, codebook: Tensor, metric: int) -> SearchHints:
         """Hints for a search of rows [B, G, N, D] in codebook [G, K, D]; none where it would make no use of them, or is traced."""
+        if torch.compiler.is_compiling():  # before shapes are compared, which would tie the graph to them
+            return SearchHints()
         if codebook.shape[1] < self.LEAST_CODES or not _is_pruned(rows, codebook) or _is_traced():
             return SearchHints()
         if _backends.choose("nearest", None, rows, codebook) != "cpu" or _backends.reasons("hints", "cpu", codebook):
@@ -66,8 +68,7 @@ def _is_pruned(rows: Tensor, codebook: Tensor) -> bool:
 def _is_traced() -> bool:
     # What is kept must be real and plain: nothing of a graph, a mode or a transform (vmap, grad).
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
