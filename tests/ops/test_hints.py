@@ -209,7 +209,7 @@ def bases_for_panels():
     }
 
 
-def test_hints_on_the_pruned_road():
+def test_hints_on_the_cpus_pruned_road():
     x, codebook = pruned()
     nearest = op("nearest", "cpu")
     plain = nearest(x, codebook, 0, None, None, None)
@@ -245,7 +245,7 @@ def orders_for_panels():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_order_on_the_pruned_road(metric):
+def test_an_order_on_the_cpus_pruned_road(metric):
     """Each metric searches vectors of its own; dot's have one coordinate more than the basis of the caller."""
     x, codebook = pruned()
     nearest, code = op("nearest", "cpu"), METRIC_CODE[metric]
@@ -258,7 +258,7 @@ def test_an_order_on_the_pruned_road(metric):
 
 
 @pytest.mark.parametrize("name", [name for name in GUESSES if name not in ("right", "expanded")])
-def test_guesses_on_the_pruned_road(name):
+def test_guesses_on_the_cpus_pruned_road(name):
     x, codebook = pruned()
     nearest = op("nearest", "cpu")
     plain = nearest(x, codebook, 0, None, None, None)
@@ -268,7 +268,7 @@ def test_guesses_on_the_pruned_road(name):
         same(found[1], plain[1], name), same(found[0], plain[0], name)
 
 
-def test_an_order_is_used_and_a_bad_one_is_let_go():
+def test_an_order_is_used_on_cpu_and_a_bad_one_let_go():
     """The counts show it: a fresh order visits about what the search's own does, a random one nearly every panel."""
     x, codebook = (t.flatten(0, -2) for t in pruned())
     orders = {name: order[0].contiguous() for name, order in orders_for_panels().items()}
@@ -315,7 +315,7 @@ def test_search_hints_are_an_order_and_directions(backend, metric):
         assert metric == "dot" or float(off.abs().max()) < 1e-3, (codebook.shape, product)
 
 
-def test_search_hints_tell_neighbours_and_directions():
+def test_search_hints_of_the_cpu_tell_neighbours_and_directions():
     """Codes that stand together lie together, and the directions hold nearly all of the variance."""
     _, codebook = pruned()
     order, basis = (hint[0] for hint in op("search_hints", "cpu")(codebook, 0))
