@@ -21,12 +21,11 @@ void find_hints(const View& codebook, Metric metric, int64_t* order, float* basi
     const PanelBuild panels(codes, Hints{}, parallel);
     if (!panels.basis()) continue;
     for (int64_t j = 0; j < directions; ++j) std::copy_n(panels.basis() + j * panels.plan.dim, dim, basis + j * dim);
-    std::vector<char> rest(k, 1);
-    for (int32_t code : panels.order) rest[code] = 0, *order++ = code;
-    order -= panels.order.size();
-    int64_t* end = order + panels.order.size();
+    std::vector<char> in_panels(k, 0);
+    for (int32_t code : panels.order) in_panels[code] = 1;
+    int64_t* rest = std::copy(panels.order.begin(), panels.order.end(), order);
     for (int64_t c = 0; c < k; ++c)
-      if (rest[c]) *end++ = c;
+      if (!in_panels[c]) *rest++ = c;
   }
 }
 

@@ -366,7 +366,7 @@ __attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, int count) 
       const int lane = __builtin_ctz(lanes);
       fetch(plan.codes + (int64_t)id[lane] * plan.ld, plan.dim);
       *out = {row, id[lane], screened.score[place][r][lane]};
-      out += id[lane] != b.first[row];
+      out += id[lane] != b.first[row];  // a guess, whose place is not known
     }
   }
   b.survivors = (int)(out - b.survivor);
@@ -379,12 +379,14 @@ inline void add_visits(Batch<kTwos, kNear>& b, int tile, int64_t group, uint32_t
   for (; near; near &= near - 1) b.visit[b.visits++] = {tile, (int32_t)(group * kPanelGroup) + __builtin_ctz(near)};
 }
 
+// True: a chunk was full, and what is left over stands in front.
 template <int kTwos, int kNear>
-inline void screen_full_chunk(Batch<kTwos, kNear>& b) {
-  if (b.visits < kChunk) return;
+inline bool screen_full_chunk(Batch<kTwos, kNear>& b) {
+  if (b.visits < kChunk) return false;
   screen_visits<kTwos, kNear>(b, kChunk);
   b.visits -= kChunk;
   for (int i = 0; i < b.visits; ++i) b.visit[i] = b.visit[kChunk + i];
+  return true;
 }
 
 template <int kTwos, int kNear>
@@ -423,8 +425,7 @@ inline void visit_home(Batch<kTwos, kNear>& b) {
       const uint32_t panel = 1u << (uint32_t)at / kPanel % kPanelGroup;
       if (at >= 0 && (near[t] & panel)) b.left[before + __builtin_popcount(near[t] & (panel - 1))][r] = ~(1u << at % kPanel);
     }
-    if (b.visits < kChunk) continue;
-    screen_full_chunk(b);
+    if (!screen_full_chunk(b)) continue;
     static_assert(kPanelGroup <= kChunk, "what is carried over fits in front");
     __builtin_memcpy(b.left, b.left + kChunk, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
     __builtin_memset(b.left + kChunk, 0xFF, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
