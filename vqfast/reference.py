@@ -129,7 +129,7 @@ def _nearest_chunk(x: Tensor, codes: Tensor, metric: int, screen: _Screen) -> tu
 
 def hint_directions(dim: int) -> int:
     """How many principal directions a codebook of `dim` dimensions is remembered by."""
-    return min(dim, 9) if dim >= 4 else min(dim, 3)
+    return min(dim, 3 if dim < 4 else 9 if dim < 128 else 11)
 
 
 def search_hints(codebook: Tensor, metric: int) -> tuple[Tensor, Tensor]:

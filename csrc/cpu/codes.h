@@ -137,7 +137,8 @@ double in_steps(const ByteBuild&, ByteRow*);
 struct PanelBuild {
   PanelBuild(const Codes&, const Hints&, const Parallel&);
   const float* basis() const { return basis_.get(); }  // [directions, dim]; null: too many dimensions
-  static int directions_of(int64_t dim) { return (dim < 4 ? 4 : kMaxCoordinates) - 1; }
+  // More where a full distance costs much, which a longer screen then saves.
+  static int directions_of(int64_t dim) { return dim < 4 ? 3 : dim < 128 ? 9 : kMaxCoordinates - 1; }
   PanelPlan plan = {};
   PanelTree tree;
   double captured = 0;          // share of the variance in the principal directions

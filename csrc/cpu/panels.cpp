@@ -282,9 +282,10 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
     for (size_t i = 0; i < current.size(); ++i) current[i] = (float)rows[i];
     std::fill(next.begin(), next.end(), 0.0f);
     parallel(kShares, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s)
-        for (size_t i = s; i < sample.size(); i += kShares)
-          kernels().apply_covariance(sample[i], centre, current.data(), padded, dim, next.data() + s * padded * dim);
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t first = s * (int64_t)sample.size() / kShares, last = (s + 1) * (int64_t)sample.size() / kShares;
+        kernels().apply_covariance(&sample[first], last - first, centre, current.data(), padded, dim, &next[s * padded * dim]);
+      }
     });
     for (int s = 1; s < kShares; ++s)
       for (int64_t i = 0; i < padded * dim; ++i) next[i] += next[s * padded * dim + i];

@@ -8,8 +8,8 @@ namespace vqfast {
 constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
 constexpr int kFirstPanels = 4;  // that follow one another in the tree, in which a row's first bound is looked for
-constexpr int kMaxCoordinates = 10;   // coordinates of a point: principal ones, and the norm of the rest
-constexpr int kGrid = 7000;      // coordinates are integers of -kGrid..kGrid: 10 (2 kGrid)^2 < 2^31
+constexpr int kMaxCoordinates = 12;   // coordinates of a point: principal ones, and the norm of the rest
+constexpr int kGrid = 6600;      // coordinates are integers of -kGrid..kGrid: 12 (2 kGrid)^2 < 2^31
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
@@ -85,7 +85,7 @@ struct PanelPlan {
   const int32_t* group_low;  // [Q16, pairs, 16] boxes of the groups
   const int32_t* group_high;
   int64_t panels_count, groups_count;
-  int coordinates;         // of a point: 4 or 10
+  int coordinates;         // of a point: 4, 10 or 12
   const float* centre;     // [dim]
   const float* basis;      // [dim, coordinates - 1]
   const float* codes;      // [K, ld] what full evaluation subtracts (as given; unit vectors for cosine and dot)
@@ -138,8 +138,9 @@ struct Kernels {
                  double* score, int64_t* index, PanelCounts* counts);
   // The points of n rows, by the plan's basis and grid.
   void (*project)(const PanelPlan&, const float* rows, int64_t ld, int64_t n, PanelQuery* out);
-  // y[j] = sum_d basis[j, d] (row_d - centre_d); and out[j, d] += y[j] (row_d - centre_d). directions is a multiple of four.
-  void (*apply_covariance)(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out);
+  // For each of n rows: y[j] = sum_d basis[j, d] (row_d - centre_d), and out[j, d] += y[j] (row_d - centre_d). directions is a multiple of four.
+  void (*apply_covariance)(const float* const* rows, int64_t n, const float* centre, const float* basis, int directions, int64_t dim,
+                           float* out);
   // hash of the values of a row (equal values, equal hash), and whether they are finite; |row - centre|^2
   uint64_t (*inspect)(const float* row, int64_t dim, bool* finite);
   double (*centred_norm)(const float* row, const float* centre, int64_t dim);

@@ -199,7 +199,9 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r) {
       x[r] = sub(read(row[r] + d), centre);
-      __builtin_prefetch(row[r] + W * ld + d);  // rows come from memory for the first time here; past the last one it does nothing
+      // Rows come from memory for the first time here, into the second-level cache: wide ones would leave no room in the first. Past the
+      // last row it does nothing.
+      __builtin_prefetch(row[r] + W * ld + d, 0, 2);
     }
     transpose(x);
     const float* directions = plan.basis + d * (kCoordinates - 1);
@@ -241,32 +243,61 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
 }
 
 void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, PanelQuery* out) {
-  const auto some_rows = plan.coordinates == 4 ? project_rows<4> : project_rows<10>;
+  const auto some_rows = plan.coordinates == 4 ? project_rows<4> : plan.coordinates == 10 ? project_rows<10> : project_rows<12>;
+  static_assert(kMaxCoordinates == 12, "the largest of them");
   for (int64_t i = 0; i < n; i += W) some_rows(plan, rows + i * ld, ld, n - i < W ? (int)(n - i) : W, out + i);
 }
 
-void apply_covariance(const float* row, const float* centre, const float* basis, int directions, int64_t dim, float* out) {
-  const auto centred = [&](int64_t d) { return sub(load(row + d), load(centre + d)); };
-  const int n = (int)(dim % W);
-  const int64_t whole = dim - n;
-  const V last = sub(load_part(row + whole, n), load_part(centre + whole, n));
-  for (int j = 0; j < directions; j += 4) {
-    const float* from = basis + j * dim;
-    float* to = out + j * dim;
-    V y[4] = {set(0), set(0), set(0), set(0)};
-    for (int64_t d = 0; d < whole; d += W) {
-      const V x = centred(d);
-      for (int i = 0; i < 4; ++i) y[i] = fma(x, load(from + i * dim + d), y[i]);
+inline V load_some(const float* p, int64_t n) { return n < W ? load_part(p, (int)n) : load(p); }
+inline void store_some(float* p, V a, int64_t n) {
+  if (n < W) store_part(p, a, (int)n);
+  else store(p, a);
+}
+
+// Of four directions and kRowsTogether rows, so that directions and images are read once for all of those.
+constexpr int kRowsTogether = 4;
+inline void apply_covariance_to(const float* const* row, const float* centre, const float* basis, int64_t dim, float* out) {
+  V y[kRowsTogether][4], x[kRowsTogether];
+  const auto centred = [&](int64_t d) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsTogether; ++r) x[r] = sub(load_some(row[r] + d, dim - d), load_some(centre + d, dim - d));
+  };
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowsTogether; ++r) y[r][0] = y[r][1] = y[r][2] = y[r][3] = set(0);
+  for (int64_t d = 0; d < dim; d += W) {
+    centred(d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V direction = load_some(basis + i * dim + d, dim - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowsTogether; ++r) y[r][i] = fma(x[r], direction, y[r][i]);
     }
-    for (int i = 0; n && i < 4; ++i) y[i] = fma(last, load_part(from + i * dim + whole, n), y[i]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowsTogether; ++r) {
     float sums[4];
-    four_sums(y, sums);
-    for (int i = 0; i < 4; ++i) y[i] = set(sums[i]);
-    for (int64_t d = 0; d < whole; d += W) {
-      const V x = centred(d);
-      for (int i = 0; i < 4; ++i) store(to + i * dim + d, fma(y[i], x, load(to + i * dim + d)));
+    four_sums(y[r], sums);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) y[r][i] = set(sums[i]);
+  }
+  for (int64_t d = 0; d < dim; d += W) {
+    centred(d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      V image = load_some(out + i * dim + d, dim - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowsTogether; ++r) image = fma(y[r][i], x[r], image);
+      store_some(out + i * dim + d, image, dim - d);
     }
-    for (int i = 0; n && i < 4; ++i) store_part(to + i * dim + whole, fma(y[i], last, load_part(to + i * dim + whole, n)), n);
+  }
+}
+
+void apply_covariance(const float* const* rows, int64_t n, const float* centre, const float* basis, int directions, int64_t dim,
+                      float* out) {
+  for (int64_t first = 0; first < n; first += kRowsTogether) {
+    const float* row[kRowsTogether];
+    for (int r = 0; r < kRowsTogether; ++r) row[r] = first + r < n ? rows[first + r] : centre;  // which adds nothing
+    for (int j = 0; j < directions; j += 4) apply_covariance_to(row, centre, basis + j * dim, dim, out + j * dim);
   }
 }
 
@@ -274,8 +305,7 @@ uint64_t inspect(const float* row, int64_t dim, bool* finite) {
   bool good = true;
   H hash = hash_start();
   for (int64_t d = 0; d < dim; d += W) {
-    const int n = dim - d < W ? (int)(dim - d) : W;
-    const V v = add(n == W ? load(row + d) : load_part(row + d, n), set(0));  // -0 becomes +0
+    const V v = add(load_some(row + d, dim - d), set(0));  // -0 becomes +0
     good = good && all_finite(v);
     hash = hash_mix(hash, v);
   }

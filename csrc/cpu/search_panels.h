@@ -7,12 +7,13 @@
 
 constexpr int kBatchRows = 32;
 constexpr int kPairs = 4;       // distances that are computed side by side
+constexpr int kBounds = 16;     // and those whose bounds are looked at together
 constexpr int kChunk = 16;      // visits that are screened before their survivors are listed
 constexpr int kEnough = 64;     // survivors that are evaluated together
 
-// The start of a row; the processor itself goes on from there.
+// A row, or its start, on its way into the second-level cache: what waits together may be more than the first holds.
 inline void fetch(const float* row, int64_t dim) {
-  for (int64_t d = 0; d < (dim < 64 ? dim : 64); d += 16) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < (dim < 256 ? dim : 256); d += 16) __builtin_prefetch(row + d, 0, 2);
 }
 
 // So that a bound is written once, for one row and for W of them.
@@ -91,7 +92,8 @@ inline float with_slack(const PanelPlan& plan, float upper) { return upper * (1.
 
 // ---- distances ---------------------------------------------------------------------------------------------------------------
 
-// Squared distances of kPairs pairs.
+// Squared distances of kPairs pairs; kOneRow: of the first row with each of the codes.
+template <bool kOneRow>
 inline void full_distances(const float* const* x, const float* const* c, int64_t dim, float* out) {
   V total[kPairs];
 #pragma GCC unroll 4
@@ -100,7 +102,7 @@ inline void full_distances(const float* const* x, const float* const* c, int64_t
   for (; d + W <= dim; d += W) {
 #pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
-      const V t = sub(load(x[j] + d), load(c[j] + d));
+      const V t = sub(load(x[kOneRow ? 0 : j] + d), load(c[j] + d));
       total[j] = fma(t, t, total[j]);
     }
   }
@@ -108,7 +110,7 @@ inline void full_distances(const float* const* x, const float* const* c, int64_t
     const int n = (int)(dim - d);
 #pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
-      const V t = sub(load_part(x[j] + d, n), load_part(c[j] + d, n));
+      const V t = sub(load_part(x[kOneRow ? 0 : j] + d, n), load_part(c[j] + d, n));
       total[j] = fma(t, t, total[j]);
     }
   }
@@ -130,51 +132,64 @@ inline void full_bounds(const PanelPlan& plan, T square, T* low, T* high) {
   *high = mul(outer, outer);
 }
 
-// Up to kPairs codes, of the rows named: candidates unless their lower bound is over the best upper bound.
+// A row met a distance that may be its least.
+template <int kTwos, int kNear>
+inline void take(Batch<kTwos, kNear>& b, int r, int32_t code, float low, float high) {
+  if (!(low <= b.upper[r])) return;
+  const PanelPlan& plan = *b.plan;
+  if (high < b.upper[r]) {
+    b.upper[r] = high;
+    set_limits(b, r);
+    compact(&b.row[r], with_slack(plan, high));
+  }
+  append(*b.exact, &b.row[r], code, low, with_slack(plan, b.upper[r]));
+}
+
+// n codes, kBounds at most, of the rows named: candidates unless their lower bound is over the best upper bound. Both arrays go on for
+// kPairs - 1 more.
 template <int kTwos, int kNear>
 inline void evaluate(Batch<kTwos, kNear>& b, const int32_t* row, const int32_t* code, int n) {
   const PanelPlan& plan = *b.plan;
-  const float *x[kPairs], *c[kPairs];
-  float square[kPairs], low[kPairs], high[kPairs];
+  alignas(64) float square[kBounds], upper[kBounds], low[kBounds], high[kBounds];
+  for (int at = 0; at < n; at += kPairs) {
+    const float *x[kPairs], *c[kPairs];
 #pragma GCC unroll 4
-  for (int j = 0; j < kPairs; ++j) {
-    const int i = j < n ? j : 0;
-    x[j] = b.x[row[i]];
-    c[j] = plan.codes + (int64_t)code[i] * plan.ld;
-  }
-  full_distances(x, c, plan.dim, square);
-  b.counts.evaluations += n;
-  bool any = false;
-#pragma GCC unroll 4
-  for (int j = 0; j < kPairs; ++j) {
-    full_bounds(plan, square[j], &low[j], &high[j]);
-    any |= low[j] <= b.upper[row[j < n ? j : 0]];
-  }
-  if (!any) return;
-  for (int j = 0; j < n; ++j) {
-    const int r = row[j];
-    if (!(low[j] <= b.upper[r])) continue;
-    if (high[j] < b.upper[r]) {
-      b.upper[r] = high[j];
-      set_limits(b, r);
-      compact(&b.row[r], with_slack(plan, high[j]));
+    for (int j = 0; j < kPairs; ++j) {
+      x[j] = b.x[row[at + j]];
+      c[j] = plan.codes + (int64_t)code[at + j] * plan.ld;
+      upper[at + j] = b.upper[row[at + j]];
     }
-    append(*b.exact, &b.row[r], code[j], low[j], with_slack(plan, b.upper[r]));
+    if (x[0] == x[1] && x[0] == x[2] && x[0] == x[3]) full_distances<true>(x, c, plan.dim, square + at);
+    else full_distances<false>(x, c, plan.dim, square + at);
+  }
+  b.counts.evaluations += n;
+  uint32_t over = 0;
+  for (int j = 0; j < kBounds; j += W) {
+    V least, most;
+    full_bounds(plan, load(square + j), &least, &most);
+    store(low + j, least);
+    store(high + j, most);
+    over |= less(load(upper + j), least) << j;
+  }
+  for (uint32_t hits = ~over & ((1u << n) - 1); hits; hits &= hits - 1) {
+    const int j = __builtin_ctz(hits);
+    take(b, row[j], code[j], low[j], high[j]);
   }
 }
 
-// Evaluates the survivors in the order they came; a better bound rules out some that still wait.
+// Evaluates the survivors in the order they came, in which those of a row follow one another; a better bound rules out some that still wait.
 template <int kTwos, int kNear>
 __attribute__((noinline)) void evaluate_survivors(Batch<kTwos, kNear>& b) {
+  int32_t row[kBounds + kPairs], code[kBounds + kPairs];
   for (int i = 0; i < b.survivors;) {
-    int32_t row[kPairs], code[kPairs];
     int n = 0;
-    for (; i < b.survivors && n < kPairs; ++i) {
+    for (; i < b.survivors && n < kBounds; ++i) {
       const Survivor& s = b.survivor[i];
       row[n] = s.row;
       code[n] = s.code;
       n += s.score <= b.screen_limit[s.row];
     }
+    for (int j = n; j < n + kPairs; ++j) row[j] = row[0], code[j] = code[0];
     if (n) evaluate(b, row, code, n);
   }
   b.survivors = 0;
@@ -276,7 +291,7 @@ inline void evaluate_first(Batch<kTwos, kNear>& b) {
       x[j] = b.x[r];
       c[j] = plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld;
     }
-    full_distances(x, c, plan.dim, square + r0);
+    full_distances<false>(x, c, plan.dim, square + r0);
   }
   for (int r = 0; r < kBatchRows; r += W) {
     V least, upper;
@@ -326,7 +341,7 @@ inline uint32_t near_boxes(const int32_t* low, const int32_t* high, const Batch<
 template <int kNear>
 struct Screened {
   alignas(64) int32_t score[kChunk][kNear][kPanel];
-  alignas(64) uint32_t lanes[kChunk * kNear];
+  alignas(64) uint32_t lanes[kNear * kChunk];  // of one row after the other
 };
 
 // No branch here, so that visits overlap in the processor.
@@ -348,7 +363,7 @@ inline void screen_panel(const Batch<kTwos, kNear>& b, int place, Screened<kNear
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kNear; ++r) out->lanes[place * kNear + r] = lanes[r] & b.left[place][r];
+  for (int r = 0; r < kNear; ++r) out->lanes[r * kChunk + place] = lanes[r] & b.left[place][r];
 }
 
 // Screens up to kChunk visits and lists what survives; its codes are on their way from memory when it is evaluated.
@@ -357,10 +372,11 @@ __attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, int count) 
   const PanelPlan& plan = *b.plan;
   Screened<kNear> screened;
   for (int i = 0; i < count; ++i) screen_panel<kTwos, kNear>(b, i, &screened);
-  for (int i = count * kNear; i < kChunk * kNear; ++i) screened.lanes[i] = 0;
+  for (int r = 0; r < kNear; ++r)
+    for (int i = count; i < kChunk; ++i) screened.lanes[r * kChunk + i] = 0;
   Survivor* out = b.survivor + b.survivors;
   for (uint64_t some = not_zero<kChunk * kNear>(screened.lanes); some; some &= some - 1) {
-    const int at = __builtin_ctzll(some), place = at / kNear, r = at % kNear, row = b.visit[place].tile * kNear + r;
+    const int at = __builtin_ctzll(some), place = at % kChunk, r = at / kChunk, row = b.visit[place].tile * kNear + r;
     const int32_t* id = plan.id + (int64_t)b.visit[place].panel * kPanel;
     for (uint32_t lanes = screened.lanes[at]; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
@@ -539,10 +555,6 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
   for (int64_t i = 0; i < n; i += kBatchRows, order += kBatchRows) {
     b.rows = n - i < kBatchRows ? (int)(n - i) : kBatchRows;
     b.tiles = (b.rows + kNear - 1) / kNear;
-    for (int r = 0; r < kBatchRows && i + r + kBatchRows < n; ++r) {  // of the next batch: their order is not that of memory
-      __builtin_prefetch(queries + order[kBatchRows + r]);
-      fetch(rows + order[kBatchRows + r] * ld, plan.dim);
-    }
     for (int r = 0; r < b.rows; ++r) start_row(b, r, exact_rows + order[r] * exact_ld, rows + order[r] * ld, queries[order[r]]);
     for (int r = b.rows; r < kBatchRows; ++r) start_empty(b, r);
     measure_rows(b);
@@ -550,10 +562,15 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
     for (int t = 0; t < b.tiles; ++t) {
       b.home[t] = first_panel[order[t * kNear + (b.rows - t * kNear > kNear / 2 ? kNear / 2 : 0)]];
       choose_first(b, t, b.home[t]);
+      for (int r = t * kNear; r < (t + 1) * kNear; ++r) {
+        fetch(plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld, plan.dim);
+        if (i + r + kBatchRows >= n) continue;  // and a row of the next batch, as their order is not that of memory
+        __builtin_prefetch(queries + order[kBatchRows + r]);
+        fetch(rows + order[kBatchRows + r] * ld, plan.dim);
+      }
     }
     for (int r = 0; guess && r < b.rows; ++r)
       if (guess[order[r]] >= 0) b.first[r] = (int32_t)guess[order[r]], b.first_at[r] = -1;
-    for (int r = 0; r < b.rows; ++r) fetch(plan.codes + (int64_t)(b.first[r] < 0 ? 0 : b.first[r]) * plan.ld, plan.dim);
     evaluate_first(b);
     visit_home<kTwos, kNear>(b);
     visit_others<kTwos, kNear>(b);
@@ -572,7 +589,8 @@ void panels(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows,
             const PanelQuery* queries, const int32_t* order, const int32_t* first_panel, const int64_t* guess, int64_t n,
             double* score, int64_t* index, PanelCounts* counts) {
   const bool crowded = n >= 8 * plan.panels_count;  // so that four rows in order lie close together
-  const auto search = plan.coordinates == 4 ? crowded ? search_batches<2, 4> : search_batches<2, 2>
-                                            : crowded ? search_batches<5, 4> : search_batches<5, 2>;
+  const auto search = plan.coordinates == 4    ? crowded ? search_batches<2, 4> : search_batches<2, 2>
+                      : plan.coordinates == 10 ? crowded ? search_batches<5, 4> : search_batches<5, 2>
+                                               : crowded ? search_batches<6, 4> : search_batches<6, 2>;
   search(plan, e, exact_rows, exact_ld, rows, ld, queries, order, first_panel, guess, n, score, index, counts);
 }
