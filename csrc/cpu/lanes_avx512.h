@@ -2,6 +2,11 @@
 constexpr int W = 16;
 constexpr int kRows = 12;  // 12 rows x 2 vectors = 24 accumulators, 2 vectors of codes, 1 broadcast: 27 of 32 registers
 constexpr float kOpsPerTerm = 1.0f;
+#if defined(__AVX512VNNI__)
+constexpr float kPairCost = 1.0f;
+#else
+constexpr float kPairCost = 4.0f;
+#endif
 using V = __m512;
 using D = __m512d;
 constexpr int WD = 8;

@@ -17,6 +17,7 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
+constexpr double kHintsPay = 1 / 3.0;  // of what the dense road costs: more, and hints are left out
 
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -47,8 +48,12 @@ void start_row(Row* row, const float* exact) {
   row->count = 0;
 }
 
-// What bytes cost at least, as a part of the dense road in floats: 64 products an operation, then what 18 cost to bound 16 codes.
-double least_of_bytes(int64_t dim) { return (dim / 64.0 + 18 / 16.0) / (dim / 16.0); }
+// What a row costs on the dense road in floats, in fused multiplications and additions of vectors of 16 codes: one for each dimension, and what
+// two cost to begin and to compare.
+double dense_cost(int64_t codes, int64_t dim) { return (double)codes * (dim + 2) / 16.0; }
+
+// What bytes cost at least, as a part of that: 64 products an operation, then what 15 cost to bound 16 codes.
+double least_of_bytes(int64_t dim) { return (dim / 4.0 + 15) / (dim + 2); }
 
 // distance of a score: the contract's line 1.
 double distance_of(const ExactCodes& codes, const float* exact, double score) {
@@ -76,7 +81,8 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
   double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
-  if (panels_ && !(panels < 1) && (hints.order || hints.basis)) panels = panels_cost(rows, Hints{}, false);  // were they to blame?
+  // Hints may be to blame for a search that costs this much, beside which preparing it once more is little.
+  if (panels_ && !(panels < kHintsPay) && (hints.order || hints.basis)) panels = panels_cost(rows, Hints{}, false);
   const bool bytes_may_win = road == Road::kBytes || (road == Road::kAuto && panels > least_of_bytes(codes.work().dim));
   const double bytes = bytes_may_win ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
   report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;
@@ -135,16 +141,14 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
   if (wanted) return 0;
   const PanelCounts counts = pilot(rows);
   if (counts.rows == 0) return INFINITY;
-  // Vector operations per row: a panel is 2 * width + overhead, an evaluation reads a code from memory, a dense row runs at two
-  // vectors of codes per pair of coordinates.
+  // In operations of the dense road on 16 codes. What rows visit together is more than what each visits alone, as the pilot's do, but
+  // then costs less a row: the two are taken to balance.
   const PanelPlan& plan = panels_->plan;
-  const double vectors = kPanel / 16.0;
-  const double panel = 2.0 * vectors * plan.coordinates + 12, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
+  const double panel = kernels().pair_cost * plan.coordinates + 10, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
   const double first = (double)counts.rows * std::min<int64_t>(kFirstPanels, plan.panels_count);
   const double pruned = (counts.panels + first) * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
-  const double dense = (double)counts.rows * k * dim / 16.0;
-  return pruned / (0.8 * dense);
+  return pruned / ((double)counts.rows * dense_cost(k, dim));
 }
 
 // The same of the dense road in bytes.
@@ -167,7 +171,7 @@ double NearestSearch::bytes_cost(const Rows& rows, bool wanted) {
   const double settled = (double)report_.counts.candidates / n;
   report_.counts = {};
   // A term of a settled code waits for the one before.
-  return least_of_bytes(dim) + settled * (4.0 * dim + 32) / (k * dim / 16.0);
+  return least_of_bytes(dim) + settled * (4.0 * dim + 32) / dense_cost(k, dim);
 }
 
 void NearestSearch::run(const Rows& rows, const int64_t* guess, double* score, int64_t* index) {
@@ -212,13 +216,13 @@ void NearestSearch::brute_force(const float* exact, double* score, int64_t* inde
 // Rows of a block, centred and laid out for the dense kernels: floats, or bytes with what scales them.
 struct NearestSearch::Tiles {
   Tiles(int64_t count, int64_t dim, bool bytes)
-      : floats(new float[bytes ? 1 : count * dim]()),
+      : floats(new float[bytes ? 1 : count * dim + kMostTileRows]),
         words(new int32_t[bytes ? count * ((dim + 3) / 4) : 1]()),
         scratch(new float[bytes ? kernels().rows_per_tile * kByteScores : 1]),
         rows(new Row[count]),
         steps(count),
         limits(count),
-        work(dim) {}
+        work(kernels().rows_per_tile * dim) {}
   std::unique_ptr<float[]> floats;
   std::unique_ptr<int32_t[]> words;
   std::unique_ptr<float[]> scratch;
@@ -227,47 +231,55 @@ struct NearestSearch::Tiles {
   std::vector<float> limits, work;
 };
 
-// Row `exact` becomes number `at` of the block; null pads the last tile. Padding, rows that are not finite and wild rows collect nothing.
-void NearestSearch::fill(const float* exact, int64_t at, Tiles* tiles) const {
+// `count` rows become a tile of the block; what is missing is padded. Padding, rows that are not finite and wild rows collect nothing.
+void NearestSearch::fill(const Rows& rows, int64_t first, int64_t count, int64_t tile, Tiles* tiles) const {
   const Kernels& k = kernels();
   const int64_t dim = codes_.work().dim, per_tile = k.rows_per_tile, words = (dim + 3) / 4;
+  const float* centre = codes_.centre().data();
+  const float* from[kMostTileRows];
+  float square[kMostTileRows];
+  for (int64_t r = 0; r < per_tile; ++r) {
+    const float* exact = r < count ? rows.row(first + r) : nullptr;
+    float* work = tiles->work.data() + r * dim;
+    const bool as_given = exact && !rows_need_work(codes_);
+    from[r] = as_given ? exact : exact && work_row(codes_, exact, work) ? work : centre;
+  }
+  float* floats = tiles->floats.get() + tile * per_tile * dim;
+  if (!bytes_) k.to_tile(from, centre, dim, floats, square);
+  for (int64_t r = 0; r < per_tile; ++r) {
+    const int64_t at = tile * per_tile + r;
+    double slack = 0;
+    if (bytes_) {
+      ByteRow* steps = &tiles->steps[at];
+      *steps = k.to_bytes(from[r], centre, dim, tiles->words.get() + tile * per_tile * words + r, per_tile);
+      square[r] = steps->length;
+      if (!(square[r] < kWildSquare)) *steps = {};
+      slack = in_steps(*bytes_, steps);
+    } else if (dense_) {
+      slack = dense_->error * dense_->balance * 0.5 * square[r] * (1.01 + dim * 0x1p-24);  // the square is a float32 sum
+    }
+    const bool takes_part = from[r] != centre && square[r] < kWildSquare;
+    start(r < count ? rows.row(first + r) : nullptr, takes_part, square[r], slack, at, tiles);
+    for (int64_t d = 0; !takes_part && !bytes_ && d < dim; ++d) floats[d * per_tile + r] = 0.0f;
+  }
+}
+
+// Row number `at` of the block, |row - centre|^2 of which is `square`.
+void NearestSearch::start(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const {
   Row* row = &tiles->rows[at];
-  float* work = tiles->work.data();
   start_row(row, exact);
   row->slack = 0;
   tiles->limits[at] = -INFINITY;
-  double square = 0;
-  const float* from = rows_need_work(codes_) || !bytes_ ? work : exact;
-  bool takes_part = exact && (from == exact || work_row(codes_, exact, work));
-  double slack = 0;
-  if (bytes_) {
-    ByteRow* steps = &tiles->steps[at];
-    int32_t* to = tiles->words.get() + at / per_tile * per_tile * words + at % per_tile;
-    if (takes_part) *steps = k.to_bytes(from, codes_.centre().data(), dim, to, per_tile);
-    square = steps->length;
-    takes_part = takes_part && square < kWildSquare;
-    if (!takes_part) *steps = {};
-    slack = in_steps(*bytes_, steps);
-  } else {
-    const float* centre = codes_.centre().data();
-    for (int64_t d = 0; takes_part && d < dim; ++d) work[d] -= centre[d];
-    square = square_of(work, dim);
-    takes_part = takes_part && square < kWildSquare;
-    if (!takes_part) std::fill(tiles->work.begin(), tiles->work.end(), 0.0f);
-    float* to = tiles->floats.get() + at / per_tile * per_tile * dim + at % per_tile;
-    for (int64_t d = 0; d < dim; ++d) to[d * per_tile] = work[d];
-    if (dense_) slack = dense_->error * dense_->balance * 0.5 * square * 1.01;
-  }
   if (exact && !takes_part) settle_alone(exact, &row->best, &row->index);
   if (!takes_part) return;
   // The contract's own rounding in float64 decides between codes that are equally far in truth.
-  const double of_formula = (dim + 8) * 0x1p-52 * square;
-  const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((dim + 8) * 0x1p-50)) : 0.0;
+  const double of_formula = (codes_.work().dim + 8) * 0x1p-52 * square;
+  const double unit_slack = codes_.unit_vectors() ? 4 * (8 * 0x1p-24 + sqrt((codes_.work().dim + 8) * 0x1p-50)) : 0.0;
   if (dense_ || bytes_) tiles->limits[at] = FLT_MAX, row->slack = (float)(slack + of_formula + unit_slack + 1e-30);
   for (int32_t code : codes_.always()) {
     row->candidate[row->count] = code;
     row->score[row->count++] = -FLT_MAX;
-    if (row->count == kCandidates) k.settle(codes_.exact(), row, 1);
+    if (row->count == kCandidates) kernels().settle(codes_.exact(), row, 1);
   }
 }
 
@@ -284,7 +296,10 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
     for (int64_t block = next(); block < blocks; block = next()) {
       const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
       const int64_t used = (last - first + per_tile - 1) / per_tile;
-      for (int64_t i = 0; i < used * per_tile; ++i) fill(first + i < last ? rows.row(first + i) : nullptr, i, &tiles);
+      for (int64_t t = 0; t < used; ++t) {
+        const int64_t from = first + t * per_tile;
+        fill(rows, from, std::min(per_tile, last - from), t, &tiles);
+      }
       if (bytes_) {
         settled[block] = k.bytes(bytes_->plan, codes_.exact(), tiles.words.get(), tiles.steps.data(), used, tiles.limits.data(),
                                  tiles.rows.get(), tiles.scratch.get());

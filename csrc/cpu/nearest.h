@@ -32,7 +32,8 @@ class NearestSearch {
   void run_dense(const Rows& rows, double* score, int64_t* index);
   void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
   struct Tiles;
-  void fill(const float* exact, int64_t at, Tiles* tiles) const;
+  void fill(const Rows& rows, int64_t first, int64_t count, int64_t tile, Tiles* tiles) const;
+  void start(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const;
   struct Block;
   void describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const;
   void sort(int64_t count, Block* block) const;

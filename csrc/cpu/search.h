@@ -11,6 +11,7 @@ constexpr int kFirstPanels = 4;  // that follow one another in the tree, in whic
 constexpr int kMaxCoordinates = 12;   // coordinates of a point: principal ones, and the norm of the rest
 constexpr int kGrid = 6600;      // coordinates are integers of -kGrid..kGrid: 12 (2 kGrid)^2 < 2^31
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
+constexpr int kMostTileRows = 16;  // rows of a tile of any level, and lanes of a vector
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
 
@@ -116,6 +117,7 @@ struct Kernels {
   int rows_per_tile;
   int narrow_tile;
   float ops_per_term;      // roundings per term of a sum: 1 with FMA, 2 without
+  float pair_cost;         // of a pair of coordinates on the pruned road, in fused multiplications and additions of the dense one
 
   // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile]; a score under a row's limit makes a
   // candidate, and lowers it.
@@ -124,6 +126,8 @@ struct Kernels {
   // each of its rows; scratch [rows_per_tile, kByteScores]. Returns candidates settled.
   int64_t (*bytes)(const BytePlan&, const ExactCodes&, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
                    Row* rows, float* scratch);
+  // rows_per_tile rows less the centre as a tile [dim, rows_per_tile], behind which W values may be overwritten, and |row - centre|^2 of each.
+  void (*to_tile)(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square);
   // row - centre in steps; word i, four of them, goes to out[i * stride]. length is |row - centre|^2, error squared too.
   ByteRow (*to_bytes)(const float* row, const float* centre, int64_t dim, int32_t* out, int64_t stride);
   // Rows against the codes begin..end - 1, begin a multiple of kPanel; a row with limit -inf takes no part, the others hold +inf or

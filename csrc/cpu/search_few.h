@@ -18,7 +18,6 @@ struct FewPanel {
   bool sound[kPanel];        // cosine: the factor exists
 };
 
-inline V load_n(const float* p, int n) { return n == W ? load(p) : load_part(p, n); }
 
 inline float square_of(const float* row, int64_t dim) {
   V s0 = set(0), s1 = set(0);

@@ -5,6 +5,13 @@
 
 constexpr int kUnit = 2 * W;  // codes that one pass over the coordinates scores
 
+// The first n of W values, zeros in the place of the others.
+inline V load_n(const float* p, int64_t n) { return n < W ? load_part(p, (int)n) : load(p); }
+inline void store_n(float* p, V a, int64_t n) {
+  if (n < W) store_part(p, a, (int)n);
+  else store(p, a);
+}
+
 // ---- candidates --------------------------------------------------------------------------------------------------------------
 
 // Sums of kBatch pairs at a time: terms by vectors, then kBatch independent chains of additions in ascending d.
@@ -182,6 +189,26 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
   settle_rows(e, rows, (int)(tile_count * kRows));
 }
 
+void to_tile(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square) {
+  static_assert(kRows <= W && W <= kMostTileRows, "a lane for each row");
+  V total[4] = {set(0), set(0), set(0), set(0)}, x[W];
+  for (int64_t d = 0; d < dim; d += W) {
+    const V origin = load_n(centre + d, dim - d);
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) x[r] = r < kRows ? sub(load_n(rows[r < kRows ? r : 0] + d, dim - d), origin) : origin;
+    transpose(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (d + i == dim) break;
+      total[i % 4] = fma(x[i], x[i], total[i % 4]);
+      store(tile + (d + i) * kRows, x[i]);  // the next one overwrites lanes that are not rows
+    }
+  }
+  alignas(64) float sums[W];
+  store(sums, add(add(total[0], total[1]), add(total[2], total[3])));
+  for (int r = 0; r < kRows; ++r) square[r] = sums[r];
+}
+
 #include "search_panels.h"
 
 // ---- preparation -------------------------------------------------------------------------------------------------------------
@@ -248,19 +275,13 @@ void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, Pa
   for (int64_t i = 0; i < n; i += W) some_rows(plan, rows + i * ld, ld, n - i < W ? (int)(n - i) : W, out + i);
 }
 
-inline V load_some(const float* p, int64_t n) { return n < W ? load_part(p, (int)n) : load(p); }
-inline void store_some(float* p, V a, int64_t n) {
-  if (n < W) store_part(p, a, (int)n);
-  else store(p, a);
-}
-
 // Of four directions and kRowsTogether rows, so that directions and images are read once for all of those.
 constexpr int kRowsTogether = 4;
 inline void apply_covariance_to(const float* const* row, const float* centre, const float* basis, int64_t dim, float* out) {
   V y[kRowsTogether][4], x[kRowsTogether];
   const auto centred = [&](int64_t d) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRowsTogether; ++r) x[r] = sub(load_some(row[r] + d, dim - d), load_some(centre + d, dim - d));
+    for (int r = 0; r < kRowsTogether; ++r) x[r] = sub(load_n(row[r] + d, dim - d), load_n(centre + d, dim - d));
   };
 #pragma GCC unroll 4
   for (int r = 0; r < kRowsTogether; ++r) y[r][0] = y[r][1] = y[r][2] = y[r][3] = set(0);
@@ -268,7 +289,7 @@ inline void apply_covariance_to(const float* const* row, const float* centre, co
     centred(d);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const V direction = load_some(basis + i * dim + d, dim - d);
+      const V direction = load_n(basis + i * dim + d, dim - d);
 #pragma GCC unroll 4
       for (int r = 0; r < kRowsTogether; ++r) y[r][i] = fma(x[r], direction, y[r][i]);
     }
@@ -284,10 +305,10 @@ inline void apply_covariance_to(const float* const* row, const float* centre, co
     centred(d);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      V image = load_some(out + i * dim + d, dim - d);
+      V image = load_n(out + i * dim + d, dim - d);
 #pragma GCC unroll 4
       for (int r = 0; r < kRowsTogether; ++r) image = fma(y[r][i], x[r], image);
-      store_some(out + i * dim + d, image, dim - d);
+      store_n(out + i * dim + d, image, dim - d);
     }
   }
 }
@@ -305,7 +326,7 @@ uint64_t inspect(const float* row, int64_t dim, bool* finite) {
   bool good = true;
   H hash = hash_start();
   for (int64_t d = 0; d < dim; d += W) {
-    const V v = add(load_some(row + d, dim - d), set(0));  // -0 becomes +0
+    const V v = add(load_n(row + d, dim - d), set(0));  // -0 becomes +0
     good = good && all_finite(v);
     hash = hash_mix(hash, v);
   }
@@ -343,5 +364,5 @@ void accumulate(double* total, const float* row, int64_t dim) {
 #include "search_few.h"
 #include "search_bytes.h"
 
-constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm,  dense,   bytes_or_null, to_bytes_or_null, few, settle_rows, panels,
+constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm, kPairCost, dense, bytes_or_null, to_tile, to_bytes_or_null, few, settle_rows, panels,
                             project, apply_covariance, inspect, centred_norm, accumulate};
