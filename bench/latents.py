@@ -40,7 +40,7 @@ def has_codes(size: int) -> bool:
 def load_codes(size: int) -> torch.Tensor:
     """A codebook [size, 64] made from training pictures."""
     if not has_codes(size):
-        hint = "python bench/make_latents.py RUN makes that one" if size == 65_536 else f"there are {CODES} and 65536"
+        hint = "python bench/make_latents.py makes that one" if size == 65_536 else f"there are {CODES} and 65536"
         raise ValueError(f"there is no codebook with {size} codes on this machine: {hint}")
     return load_file(LARGE if size == 65_536 else FOLDER / codes_file(size))["values"].float()
 

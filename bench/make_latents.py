@@ -1,7 +1,9 @@
 """Makes the files of bench/data: what a trained encoder gives its quantizer, and codebooks that fit it.
 
-    vqfast train --preset cifar10 --out RUN
-    python bench/make_latents.py RUN [--pictures FOLDER] [--out FOLDER]
+    vqfast data cifar10
+    python bench/make_latents.py                 the large codebooks, from the model of bench/data: half a minute
+    python bench/make_latents.py --all           also the files of bench/data, which are in the repository
+    python bench/make_latents.py RUN --out DIR   everything, from a model of your own, for sweep.py --latents DIR
 
 RUN is a run's folder, a checkpoint, or a folder from save_pretrained, of a model whose first quantizer has 64 channels.
 The codebooks with 65,536 and 1,048,576 codes are too large for the repository; they go to the user's cache folder (see `latents.py`).
@@ -58,23 +60,32 @@ def save(path: Path, values: torch.Tensor, about: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", default=FOLDER / "model", help="default: the model of bench/data")
     parser.add_argument("--pictures", type=Path, default=default_folder("cifar10"), help="CIFAR-10's binary files")
-    parser.add_argument("--out", type=Path, help="folder for all files; default bench/data, and the cache folder for the large ones")
+    parser.add_argument("--all", action="store_true", help="write the files of bench/data too")
+    parser.add_argument("--out", type=Path, help="folder for all files; default: the cache folder, for the large ones")
     args = parser.parse_args()
+    if args.run != FOLDER / "model" and not args.out:
+        parser.error("name a folder with --out: the cache folder is for the model of bench/data")
     folder, cache = args.out or FOLDER, args.out or HUGE.parent
     model, _, source = find_model(args.run)
+    model.float()  # the one in the repository is kept in float16
     about = {"model": f"preset cifar10, {Path(source).name}", "weights": model_hash(model.state_dict())}
-
-    held_out = encoder_rows(model, CIFAR10(args.pictures, train=False).pixels, ROWS)
-    for part, values in enumerate(held_out.split(FILE_ROWS)):
-        save(folder / rows_file(part), values, about | {"what": f"encoder outputs of held-out pictures, part {part}"})
 
     # All rows of a picture resemble each other, so codes come from a random draw over many pictures.
     training = encoder_rows(model, CIFAR10(args.pictures, train=True).pixels, 16 * 65_536)
     save(cache / HUGE.name, shuffled(training), about | {"what": "encoder outputs of training pictures, in random order"})
     many = shuffled(training[: 4 * 65_536])
     save(cache / LARGE.name, many[:65_536], about | {"what": "encoder outputs of training pictures, as codes"})
+    if args.all or args.out:
+        held_out = encoder_rows(model, CIFAR10(args.pictures, train=False).pixels, ROWS)
+        save_small(folder, held_out, many, about)
+
+
+def save_small(folder: Path, held_out: torch.Tensor, many: torch.Tensor, about: dict[str, str]) -> None:
+    """Held-out rows, and codebooks by k-means of `many` training rows."""
+    for part, values in enumerate(held_out.split(FILE_ROWS)):
+        save(folder / rows_file(part), values, about | {"what": f"encoder outputs of held-out pictures, part {part}"})
     for size in CODES:
         found = vqfast.kmeans(many[:131_072], size, iterations=ITERATIONS)
         what = (

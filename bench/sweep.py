@@ -1,6 +1,6 @@
 """How the cost of the exact search grows with K and with D, in one run of under 10 minutes on a quiet machine.
 
-    python bench/make_latents.py RUN        once: encoder outputs of a trained model (see bench/data/README.md)
+    python bench/make_latents.py            once: encoder outputs of a trained model (see bench/data/README.md)
     python bench/sweep.py                   everything, with two threads: docs/results/sweep.md, .svg and .json
     python bench/sweep.py --quick           small shapes from bench/data, into a temporary folder: does it run?
     python bench/sweep.py --render FILE     the page and the plot again, from a run's JSON
@@ -262,7 +262,7 @@ def main() -> None:
         return render(json.loads(args.render.read_text()), args.render.name, args.out or args.render.parent)
     args.training = HUGE if args.latents == FOLDER else args.latents / HUGE.name
     if not args.quick and not args.training.exists():
-        raise SystemExit(f"{args.training} is not there; python bench/make_latents.py RUN makes it")
+        raise SystemExit(f"{args.training} is not there; python bench/make_latents.py makes it")
     torch.set_num_threads(args.threads)
     out = args.out or (Path(tempfile.mkdtemp(prefix="vqfast-sweep-")) if args.quick else ROOT / "docs/results")
     out.mkdir(parents=True, exist_ok=True)
