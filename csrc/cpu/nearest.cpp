@@ -132,7 +132,7 @@ PanelCounts NearestSearch::pilot(const Rows& rows) const {
 }
 
 // What the pruned road costs, as a part of the dense one in floats; +inf where it has no panels. From the size and from counts on a few
-// rows, never from a clock: the same data takes the same road everywhere.
+// rows, never from a clock: the same data takes the same road on every machine of a level.
 double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
   if (!wanted && (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24)) return INFINITY;
@@ -215,14 +215,14 @@ void NearestSearch::brute_force(const float* exact, double* score, int64_t* inde
 
 // Rows of a block, centred and laid out for the dense kernels: floats, or bytes with what scales them.
 struct NearestSearch::Tiles {
-  Tiles(int64_t count, int64_t dim, bool bytes)
+  Tiles(int64_t count, int64_t dim, bool bytes, bool needs_work)
       : floats(new float[bytes ? 1 : count * dim + kMostTileRows]),
         words(new int32_t[bytes ? count * ((dim + 3) / 4) : 1]()),
         scratch(new float[bytes ? kernels().rows_per_tile * kByteScores : 1]),
         rows(new Row[count]),
         steps(count),
         limits(count),
-        work(kernels().rows_per_tile * dim) {}
+        work(needs_work ? kernels().rows_per_tile * dim : 0) {}
   std::unique_ptr<float[]> floats;
   std::unique_ptr<int32_t[]> words;
   std::unique_ptr<float[]> scratch;
@@ -292,7 +292,7 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
   const int64_t blocks = (tiles_count + per_block - 1) / per_block;
   std::vector<int64_t> settled(blocks, 0);
   parallel_.share(blocks, [&](auto next) {
-    Tiles tiles(per_block * per_tile, dim, bytes_ != nullptr);
+    Tiles tiles(per_block * per_tile, dim, bytes_ != nullptr, rows_need_work(codes_));
     for (int64_t block = next(); block < blocks; block = next()) {
       const int64_t first = block * per_block * per_tile, last = std::min(rows.count, first + per_block * per_tile);
       const int64_t used = (last - first + per_tile - 1) / per_tile;

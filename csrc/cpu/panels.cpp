@@ -284,7 +284,7 @@ void PanelBuild::find_basis(const Codes& codes, const std::vector<const float*>&
     parallel(kShares, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t first = s * (int64_t)sample.size() / kShares, last = (s + 1) * (int64_t)sample.size() / kShares;
-        kernels().apply_covariance(&sample[first], last - first, centre, current.data(), padded, dim, &next[s * padded * dim]);
+        kernels().apply_covariance(sample.data() + first, last - first, centre, current.data(), padded, dim, &next[s * padded * dim]);
       }
     });
     for (int s = 1; s < kShares; ++s)

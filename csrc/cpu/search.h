@@ -126,7 +126,8 @@ struct Kernels {
   // each of its rows; scratch [rows_per_tile, kByteScores]. Returns candidates settled.
   int64_t (*bytes)(const BytePlan&, const ExactCodes&, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
                    Row* rows, float* scratch);
-  // rows_per_tile rows less the centre as a tile [dim, rows_per_tile], behind which W values may be overwritten, and |row - centre|^2 of each.
+  // rows_per_tile rows less the centre as a tile [dim, rows_per_tile], behind which `lanes` values may be overwritten; |row - centre|^2 of
+  // each.
   void (*to_tile)(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square);
   // row - centre in steps; word i, four of them, goes to out[i * stride]. length is |row - centre|^2, error squared too.
   ByteRow (*to_bytes)(const float* row, const float* centre, int64_t dim, int32_t* out, int64_t stride);
@@ -142,7 +143,8 @@ struct Kernels {
                  double* score, int64_t* index, PanelCounts* counts);
   // The points of n rows, by the plan's basis and grid.
   void (*project)(const PanelPlan&, const float* rows, int64_t ld, int64_t n, PanelQuery* out);
-  // For each of n rows: y[j] = sum_d basis[j, d] (row_d - centre_d), and out[j, d] += y[j] (row_d - centre_d). directions is a multiple of four.
+  // For each of n rows: y[j] = sum_d basis[j, d] (row_d - centre_d), and out[j, d] += y[j] (row_d - centre_d). directions is a multiple
+  // of four.
   void (*apply_covariance)(const float* const* rows, int64_t n, const float* centre, const float* basis, int directions, int64_t dim,
                            float* out);
   // hash of the values of a row (equal values, equal hash), and whether they are finite; |row - centre|^2

@@ -364,5 +364,6 @@ void accumulate(double* total, const float* row, int64_t dim) {
 #include "search_few.h"
 #include "search_bytes.h"
 
-constexpr Kernels kTable = {W,       kRows,            kThird, kOpsPerTerm, kPairCost, dense, bytes_or_null, to_tile, to_bytes_or_null, few, settle_rows, panels,
-                            project, apply_covariance, inspect, centred_norm, accumulate};
+constexpr Kernels kTable = {W,           kRows,    kThird,           kOpsPerTerm,      kPairCost, dense,        bytes_or_null,
+                            to_tile,     to_bytes_or_null, few,      settle_rows,      panels,    project,      apply_covariance,
+                            inspect,     centred_norm,     accumulate};

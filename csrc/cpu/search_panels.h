@@ -177,7 +177,8 @@ inline void evaluate(Batch<kTwos, kNear>& b, const int32_t* row, const int32_t* 
   }
 }
 
-// Evaluates the survivors in the order they came, in which those of a row follow one another; a better bound rules out some that still wait.
+// Evaluates the survivors in the order they came, in which those of a row follow one another; a better bound rules out some that still
+// wait.
 template <int kTwos, int kNear>
 __attribute__((noinline)) void evaluate_survivors(Batch<kTwos, kNear>& b) {
   int32_t row[kBounds + kPairs], code[kBounds + kPairs];
