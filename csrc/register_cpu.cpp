@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/ema.h"
+#include "cpu/few.h"
 #include "cpu/gather.h"
 #include "cpu/hints.h"
 #include "cpu/nearest.h"
@@ -20,6 +21,10 @@
 VQFAST_EXPORT int vqfast_cpu_level_supported() { return vqfast::level_supported(); }
 VQFAST_EXPORT int vqfast_cpu_level() { return vqfast::level(); }
 VQFAST_EXPORT void vqfast_cpu_level_set(int level) { vqfast::set_level(level); }
+// Whether a search of this size may make use of hints.
+VQFAST_EXPORT int vqfast_cpu_may_prune(int64_t rows, int64_t codes, int64_t dim) {
+  return vqfast::may_prune(rows, codes, dim) && vqfast::few_rows(rows, codes, dim) != vqfast::Few::kYes;
+}
 
 namespace {
 

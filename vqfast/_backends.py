@@ -70,7 +70,19 @@ def cpu_level() -> str | None:
     """SIMD level of the native CPU kernels (one of CPU_LEVELS), or None without them."""
     if _load("_C_cpu"):
         return None
-    return CPU_LEVELS[ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so"))).vqfast_cpu_level()]
+    return CPU_LEVELS[_cpu_library().vqfast_cpu_level()]
+
+
+@functools.cache
+def _cpu_library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so")))
+
+
+def may_prune(rows: int, codes: int, dim: int) -> bool:
+    """Whether the native CPU search may skip codes in panels for so many rows and codes of a group, and so has use for hints."""
+    if _load("_C_cpu"):
+        return False
+    return bool(_cpu_library().vqfast_cpu_may_prune(*map(ctypes.c_int64, (rows, codes, dim))))
 
 
 ROADS = ("auto", "dense", "panels", "few", "bytes")
@@ -125,7 +137,7 @@ def search_counts(
     out = (ctypes.c_int64 * 9)()
     sizes = [ctypes.c_int64(size) for size in (len(x), len(codebook), x.shape[1])]
     address = [ctypes.c_void_p(t.data_ptr()) for t in (x, codebook, distance, indices)]
-    library = ctypes.CDLL(str(Path(__file__).with_name("_C_cpu.so")))
+    library = _cpu_library()
     library.vqfast_cpu_search_counts.restype = None
     library.vqfast_cpu_search_counts(
         address[0], sizes[0], address[1], *sizes[1:], _border.METRICS[metric], ROADS.index(road), hint, *address[2:], out

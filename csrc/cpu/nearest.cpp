@@ -77,6 +77,10 @@ PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
 
 }  // namespace
 
+bool may_prune(int64_t rows, int64_t codes, int64_t dim) {
+  return dim <= kMaxPanelDim && codes >= 128 && rows >= 64 && (double)rows * codes * dim >= 0x1p24;
+}
+
 NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& hints, const Parallel& parallel, Road road)
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
@@ -135,7 +139,7 @@ PanelCounts NearestSearch::pilot(const Rows& rows) const {
 // rows, never from a clock: the same data takes the same road on every machine of a level.
 double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
-  if (!wanted && (k < 128 || rows.count < 64 || (double)rows.count * k * dim < 0x1p24)) return INFINITY;
+  if (!wanted && !may_prune(rows.count, k, dim)) return INFINITY;
   panels_.reset(new PanelBuild(codes_, hints, parallel_));
   if (!panels_->worth_it) return INFINITY;
   if (wanted) return 0;

@@ -15,6 +15,9 @@ struct SearchReport {
   int64_t searched = 0, always = 0;  // codes that the plans hold, and codes that every row tries by the exact formula
 };
 
+// Whether the pruned road may be taken for so many rows and codes: what its panels cost to prepare must be little beside the search.
+bool may_prune(int64_t rows, int64_t codes, int64_t dim);
+
 // A search over one codebook; built once per call, used for any number of row sets (levels of a residual quantizer, say).
 class NearestSearch {
  public:

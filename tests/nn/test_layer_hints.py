@@ -114,7 +114,7 @@ def test_small_codebooks_few_rows_and_graphs_have_no_hints(kind):
     small(plane(ROWS, 30))
     assert order_of(small) is None
     layer = layer_of(kind).eval()
-    layer(plane(1500, 30))
+    layer(plane(900, 30))
     program = torch.export.export(layer, (plane(ROWS, 30),))
     with torch.no_grad():
         graph = make_fx(lambda z: layer(z).indices)(plane(ROWS, 30))
@@ -158,3 +158,22 @@ def test_a_face_with_hints_finds_the_same_codes(monkeypatch):
     assert face._codebook._hints._hints.order is not None
     without(monkeypatch)
     same(found, face(z)[1])
+
+
+@pytest.mark.parametrize("dim", [8, 16, 64, 130])
+@pytest.mark.parametrize("codes", [4096, 9000])
+def test_hints_are_asked_for_where_the_search_uses_them(codes, dim):
+    """Up to some number of rows the search takes no panels, and layers hold no hints for it; from there on, on data like this, it does."""
+    turn = cases.normal(4, dim, seed=901)
+    codebook, rows = (
+        cases.normal(n, 4, seed=seed) @ turn + 0.05 * cases.normal(n, dim, seed=seed + 1) for n, seed in ((codes, 902), (2100, 904))
+    )
+    layer = VectorQuantizer(dim, codes).train()
+    layer.set_codebook_(codebook)
+    wanted = [_backends.may_prune(n, codes, dim) for n in range(1, 2101)]
+    first = wanted.index(True) + 1
+    assert wanted == sorted(wanted) and 64 < first < 2100
+    for count in (first - 1, first):
+        assert (_backends.search_counts(rows[:count], codebook).road == "panels") == (count == first)
+        layer(rows[:count])
+        assert (order_of(layer) is not None) == (count == first)

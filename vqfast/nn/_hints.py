@@ -35,7 +35,7 @@ class HintKeeper:
         """Hints for a search of rows [B, G, N, D] in codebook [G, K, D]; none where it would make no use of them, or is traced."""
         if torch.compiler.is_compiling():  # before shapes are compared, which would tie the graph to them
             return SearchHints()
-        if codebook.shape[1] < self.LEAST_CODES or not _is_pruned(rows, codebook) or _is_traced():
+        if codebook.shape[1] < self.LEAST_CODES or not _may_prune(rows, codebook) or _is_traced():
             return SearchHints()
         if _backends.choose("nearest", None, rows, codebook) != "cpu" or _backends.reasons("hints", "cpu", codebook):
             return SearchHints()
@@ -59,10 +59,8 @@ class HintKeeper:
         return _mean_square(sample - before)
 
 
-def _is_pruned(rows: Tensor, codebook: Tensor) -> bool:
-    """Whether the CPU may take its pruned road for so many rows (csrc/cpu: few.cpp, nearest.cpp)."""
-    count, dim = rows.shape[0] * rows.shape[2], rows.shape[3]
-    return count > 64 + 24_576 // dim and count * codebook.shape[1] * dim >= 1 << 24
+def _may_prune(rows: Tensor, codebook: Tensor) -> bool:
+    return _backends.may_prune(rows.shape[0] * rows.shape[2], codebook.shape[1], rows.shape[3])
 
 
 def _is_traced() -> bool:
