@@ -20,6 +20,18 @@ _ops: dict[str, dict[str, Callable]] = {}
 _families: dict[str, list[str]] = {}
 
 
+def is_traced() -> bool:
+    """Whether what runs now may become part of a graph or of a transform (compile, export, vmap, grad): then no value may be looked at,
+    and nothing that is kept would be real.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def op_name(op: str, backend: str) -> str:
     """`nearest`, `cpu` -> `nearest_cpu`; the trailing underscore of an in-place op stays last: `ema_update_cpu_`."""
     return f"{op.removesuffix('_')}_{backend}" + ("_" if op.endswith("_") else "")

@@ -35,7 +35,7 @@ class HintKeeper:
         """Hints for a search of rows [B, G, N, D] in codebook [G, K, D]; none where it would make no use of them, or is traced."""
         if torch.compiler.is_compiling():  # before shapes are compared, which would tie the graph to them
             return SearchHints()
-        if codebook.shape[1] < self.LEAST_CODES or not _may_prune(rows, codebook) or _is_traced():
+        if codebook.shape[1] < self.LEAST_CODES or not _may_prune(rows, codebook) or _border.is_traced():
             return SearchHints()
         if _backends.choose("nearest", None, rows, codebook) != "cpu" or _backends.reasons("hints", "cpu", codebook):
             return SearchHints()
@@ -61,15 +61,6 @@ class HintKeeper:
 
 def _may_prune(rows: Tensor, codebook: Tensor) -> bool:
     return _backends.may_prune(rows.shape[0] * rows.shape[2], codebook.shape[1], rows.shape[3])
-
-
-def _is_traced() -> bool:
-    # What is kept must be real and plain: nothing of a graph, a mode or a transform (vmap, grad).
-    return (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _mean_square(difference: Tensor) -> float:

@@ -78,7 +78,12 @@ def _backward(ctx, grad_quantized, grad_error, *_):
         if ctx.needs_input_grad[0]:
             rest = difference(x, codes.detach(), indices)  # [B, G, N, D], x - code, 0 at rows that do not count
             factor = (2 * grad_error[0]).to(rest.dtype)
-            grad_x = rest * factor if grad_x is None else torch.addcmul(grad_x.to(rest.dtype), rest, factor)
+            # In place where no graph needs it again: a fresh [B, G, N, D] costs as much as the arithmetic.
+            free = rest if not (torch.is_grad_enabled() or _border.is_traced()) else None
+            if grad_x is None:
+                grad_x = torch.mul(rest, factor, out=free)
+            else:
+                grad_x = torch.addcmul(grad_x.to(rest.dtype), rest, factor, out=free)
             grad_x = grad_x.to(x.dtype)
         if ctx.needs_input_grad[1]:
             rest = difference(x.detach(), codes, indices)
@@ -91,9 +96,19 @@ def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     """x - codes, 0 at rows that are masked or not finite; float32 or wider."""
     work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
     rest = x.to(work) - codes.to(work)
+    if _all_count(rest.detach(), indices):
+        return rest
     low, high = rest.detach().aminmax(dim=-1)  # isfinite().all(-1) would go over the rows five times
     counts = (indices >= 0) & (low > -torch.inf) & (high < torch.inf)
     return torch.where(counts[..., None], rest, 0)
+
+
+def _all_count(rest: Tensor, indices: Tensor) -> bool:
+    """True: no row is masked or not finite. False also where looking would cost more than it saves, or may not be done."""
+    if rest.device.type != "cpu" or type(rest) is not Tensor or _border.is_traced():
+        return False
+    # A sum is finite only if all its terms are.
+    return indices.numel() == 0 or (bool(indices.min() >= 0) and bool(rest.sum().isfinite()))
 
 
 _border.define(
