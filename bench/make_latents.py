@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="write the files of bench/data too")
     parser.add_argument("--out", type=Path, help="folder for all files; default: the cache folder, for the large ones")
     args = parser.parse_args()
-    if args.run != FOLDER / "model" and not args.out:
+    if args.run.resolve() != FOLDER.resolve() / "model" and not args.out:
         parser.error("name a folder with --out: the cache folder is for the model of bench/data")
     folder, cache = args.out or FOLDER, args.out or HUGE.parent
     model, _, source = find_model(args.run)

@@ -263,8 +263,8 @@ bool FewSearch::run(const Rows& rows, double* score, int64_t* index) {
 }  // namespace
 
 Few few_rows(int64_t rows, int64_t codes, int64_t dim) {
-  // The other road is twice as fast where it looks at bytes first (16 dimensions and more).
-  const int64_t most = kernels().bytes && dim >= 16 ? kMostRows / 2 : kMostRows;
+  // The other road is up to twice as fast where it looks at bytes first.
+  const int64_t most = kernels().bytes && dim >= kLeastByteDim ? kMostRows / 2 : kMostRows;
   if (dim > kMostDims || rows > most) return Few::kNo;
   // Measured: up to so many rows other roads cost more by what they prepare, even where they then pass over most codes.
   if (rows <= 64 + 24576 / dim) return Few::kYes;

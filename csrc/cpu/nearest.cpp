@@ -17,7 +17,7 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kBlockRows = 2048, kMostBlockRows = 8192;  // that are ordered together: few stay in the second-level cache, but
 constexpr int64_t kRowsPerPanel = 32;                        // many codes ask for many, so that neighbours in the order are close
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
-constexpr double kHintsPay = 1 / 3.0;  // of what the dense road costs: more, and hints are left out
+constexpr double kHintsPay = 1 / 3.0;  // of what the dense road costs: more, and a search without hints is weighed against
 
 bool is_zero(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d)
@@ -85,8 +85,13 @@ NearestSearch::NearestSearch(const Codes& codes, const Rows& rows, const Hints& 
     : codes_(codes), parallel_(parallel) {
   if (codes.searched().empty()) return;
   double panels = road == Road::kAuto || road == Road::kPanels ? panels_cost(rows, hints, road == Road::kPanels) : INFINITY;
-  // Hints may be to blame for a search that costs this much, beside which preparing it once more is little.
-  if (panels_ && !(panels < kHintsPay) && (hints.order || hints.basis)) panels = panels_cost(rows, Hints{}, false);
+  if (panels_ && !(panels < kHintsPay) && (hints.order || hints.basis)) {
+    // They may be to blame for a search that costs this much, beside which preparing it once more is little.
+    std::unique_ptr<PanelBuild> hinted = std::move(panels_);
+    const double without = panels_cost(rows, Hints{}, false);
+    if (without < panels) panels = without;
+    else panels_ = std::move(hinted);
+  }
   const bool bytes_may_win = road == Road::kBytes || (road == Road::kAuto && panels > least_of_bytes(codes.work().dim));
   const double bytes = bytes_may_win ? bytes_cost(rows, road == Road::kBytes) : INFINITY;
   report_.road = bytes < std::min(1.0, panels) ? Road::kBytes : panels < 1 ? Road::kPanels : Road::kDense;
@@ -148,7 +153,8 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
   // In operations of the dense road on 16 codes. What rows visit together is more than what each visits alone, as the pilot's do, but
   // then costs less a row: the two are taken to balance.
   const PanelPlan& plan = panels_->plan;
-  const double panel = kernels().pair_cost * plan.coordinates + 10, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
+  const double vectors = kPanel / 16.0, pairs = plan.coordinates / 2.0;
+  const double panel = kernels().pair_cost * pairs * vectors + 10, evaluation = 2.0 * dim / 16.0 + 40, group = 6.0 * plan.coordinates;
   const double first = (double)counts.rows * std::min<int64_t>(kFirstPanels, plan.panels_count);
   const double pruned = (counts.panels + first) * panel + counts.evaluations * evaluation + counts.candidates * 2.0 * dim +
                         (counts.groups + counts.rows * (1.0 + plan.groups_count / 16.0)) * group;
@@ -159,7 +165,7 @@ double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wan
 double NearestSearch::bytes_cost(const Rows& rows, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
   if (!kernels().bytes || dim > kMaxPanelDim) return INFINITY;
-  if (!wanted && (k < 128 || rows.count < 256 || dim < 16)) return INFINITY;
+  if (!wanted && (k < 128 || rows.count < 256 || dim < kLeastByteDim)) return INFINITY;
   bytes_.reset(new ByteBuild(codes_, parallel_));
   if (!bytes_->worth_it) return INFINITY;
   if (wanted) return 0;
@@ -243,10 +249,11 @@ void NearestSearch::fill(const Rows& rows, int64_t first, int64_t count, int64_t
   const float* from[kMostTileRows];
   float square[kMostTileRows];
   for (int64_t r = 0; r < per_tile; ++r) {
-    const float* exact = r < count ? rows.row(first + r) : nullptr;
-    float* work = tiles->work.data() + r * dim;
-    const bool as_given = exact && !rows_need_work(codes_);
-    from[r] = as_given ? exact : exact && work_row(codes_, exact, work) ? work : centre;
+    from[r] = centre;
+    if (r >= count) continue;
+    const float* exact = rows.row(first + r);
+    if (!rows_need_work(codes_)) from[r] = exact;
+    else if (float* work = tiles->work.data() + r * dim; work_row(codes_, exact, work)) from[r] = work;
   }
   float* floats = tiles->floats.get() + tile * per_tile * dim;
   if (!bytes_) k.to_tile(from, centre, dim, floats, square);

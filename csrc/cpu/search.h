@@ -10,6 +10,7 @@ constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one 
 constexpr int kFirstPanels = 4;  // that follow one another in the tree, in which a row's first bound is looked for
 constexpr int kMaxCoordinates = 12;   // coordinates of a point: principal ones, and the norm of the rest
 constexpr int kGrid = 6600;      // coordinates are integers of -kGrid..kGrid: 12 (2 kGrid)^2 < 2^31
+constexpr int kLeastByteDim = 18;  // with fewer dimensions, bounding a code costs the byte search more than its products save
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMostTileRows = 16;  // rows of a tile of any level, and lanes of a vector
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
@@ -117,7 +118,7 @@ struct Kernels {
   int rows_per_tile;
   int narrow_tile;
   float ops_per_term;      // roundings per term of a sum: 1 with FMA, 2 without
-  float pair_cost;         // of a pair of coordinates on the pruned road, in fused multiplications and additions of the dense one
+  float pair_cost;         // of a pair of coordinates of 16 codes on the pruned road, in the dense road's operations on 16 codes
 
   // [tiles * rows_per_tile] rows against all panels. tiles is [tile][dim][rows_per_tile]; a score under a row's limit makes a
   // candidate, and lowers it.

@@ -236,7 +236,7 @@ inline void start_row(Batch<kTwos, kNear>& b, int r, const float* exact, const f
 template <int kTwos, int kNear>
 inline void start_empty(Batch<kTwos, kNear>& b, int r) {
   for (int j = 0; j < kTwos; ++j) b.q[j][r] = 0;
-  b.first_at[r] = -1;
+  b.first[r] = b.first_at[r] = -1;
   b.norm[r] = b.excess[r] = 0.0f;
   b.row[r].count = 0;
 }

@@ -224,6 +224,20 @@ def test_hints_on_the_cpus_pruned_road():
             same(found[1], plain[1], name), same(found[0], plain[0], name)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [127, 128, 200])
+def test_bases_of_wide_rows_on_the_cpus_pruned_road(dim, metric):
+    """From 128 dimensions on the search has 11 directions; dot has one dimension more than the caller."""
+    turn = cases.normal(14, dim, seed=86)
+    codebook, x = cases.normal(1, 1000, 14, seed=87) @ turn, cases.normal(1, 1, 1100, 14, seed=88) @ turn
+    axes = torch.linalg.svd(codebook[0], full_matrices=False).Vh[None]
+    nearest, code = op("nearest", "cpu"), METRIC_CODE[metric]
+    wanted = oracle.nearest(x, codebook, metric)
+    for basis in (None, axes[:, :11], axes[:, :9], axes[:, 3:14], cases.normal(1, 11, dim, seed=89), axes[:, :11] * 1.01, axes[:, :11] * torch.nan):
+        found = nearest(x, codebook, code, None, basis if basis is None else basis.contiguous(), None)
+        same(found[1], wanted.indices), same(found[0], wanted.distance)
+
+
 def orders_for_panels():
     """What an order may have come to since it was found; the last ones are no permutations."""
     order = op("search_hints", "cpu")(pruned()[1], 0)[0]

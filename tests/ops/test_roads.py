@@ -146,7 +146,7 @@ def test_public_functions_agree_with_many_rows_on_cpu(name):
 @pytest.mark.parametrize("dim", [127, 128, 300, 1001], ids="D{}".format)
 @pytest.mark.parametrize("metric", METRICS)
 def test_wide_rows_on_the_pruned_road_on_cpu(metric, dim, offset):
-    """From 128 dimensions on a point has more coordinates; two codes of three have a neighbour one ulp away."""
+    """From 128 dimensions on a point has more coordinates; a third of the codes have two neighbours, one ulp away in each coordinate."""
     spread = torch.logspace(0, -2, 20)
     turn = cases.normal(20, dim, seed=dim)
     codebook = (cases.normal(700, 20, seed=90) * spread) @ turn + offset
@@ -154,8 +154,8 @@ def test_wide_rows_on_the_pruned_road_on_cpu(metric, dim, offset):
     x = torch.cat([(cases.normal(500, 20, seed=91) * spread) @ turn + offset, codebook[::5]])
     x[17, 3], x[40] = torch.nan, 1e30
     found = verify(x, codebook, metric, "panels")
-    assert found.road == "panels" or metric != "l2"
-    assert found.road != "panels" or offset or found.evaluations < 0.2 * len(x) * len(codebook), "and the screen keeps most codes out"
+    if metric == "l2":
+        assert found.road == "panels" and (offset or found.evaluations < 0.2 * len(x) * len(codebook))
 
 
 def in_bytes() -> bool:
