@@ -90,6 +90,20 @@ def test_stored_latents_are_small_and_finite(bench_folder):
         latents.load_codes(7)
 
 
+def test_stored_latents_are_those_of_the_stored_model(bench_folder):
+    """Rows and codes of two models would make a codebook that fits nothing; the files' headers name the weights."""
+    import latents
+    from safetensors import safe_open
+
+    from vqfast.tokens import model_hash
+    from vqfast.train.runs import find_model
+
+    weights = model_hash(find_model(latents.FOLDER / "model")[0].float().state_dict())
+    for file in latents.FOLDER.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            assert stored.metadata()["weights"] == weights, file.name
+
+
 def test_the_report_shows_its_numbers_and_conditions(bench_folder, tmp_path):
     pytest.importorskip("matplotlib")
     from render import render

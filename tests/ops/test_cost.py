@@ -63,9 +63,9 @@ DATA = {"isotropic": isotropic, "screened": screened}
 def products(found) -> float:
     """Work of a search in products of one row's coordinate with one code's, each part at least as dear as it is.
 
-    A panel is 32 codes of 10 coordinates, for these narrow rows, and a start, and up to 4 are looked through for a first bound; a group is the
-    boxes of 16 panels, low and high; a comparison in all coordinates and a decision in float64, which handles half as many
-    numbers at once and in a fixed order, carry overheads.
+    A panel is 32 codes of 10 coordinates, for these narrow rows, and a start, and up to 4 are looked through for a first bound; a
+    group is the boxes of 16 panels, low and high; a comparison in all coordinates and a decision in float64, which handles half as
+    many numbers at once and in a fixed order, carry overheads.
     """
     dense = found.rows * found.searched * DIM if found.road in ("dense", "bytes", "few") else 0
     first = found.rows * min(4, found.panels_of_codebook)

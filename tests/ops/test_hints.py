@@ -229,11 +229,15 @@ def test_hints_on_the_cpus_pruned_road():
 def test_bases_of_wide_rows_on_the_cpus_pruned_road(dim, metric):
     """From 128 dimensions on the search has 11 directions; dot has one dimension more than the caller."""
     turn = cases.normal(14, dim, seed=86)
-    codebook, x = cases.normal(1, 1000, 14, seed=87) @ turn, cases.normal(1, 1, 1100, 14, seed=88) @ turn
+    spread = torch.logspace(0, -1, 14)
+    codebook, x = (cases.normal(1, 1000, 14, seed=87) * spread) @ turn, (cases.normal(1, 1, 1100, 14, seed=88) * spread) @ turn
     axes = torch.linalg.svd(codebook[0], full_matrices=False).Vh[None]
+    principal = axes[:, :11]
+    others = [axes[:, :9], axes[:, 3:14], cases.normal(1, 11, dim, seed=89), principal * 1.01, principal * torch.nan]
     nearest, code = op("nearest", "cpu"), METRIC_CODE[metric]
     wanted = oracle.nearest(x, codebook, metric)
-    for basis in (None, axes[:, :11], axes[:, :9], axes[:, 3:14], cases.normal(1, 11, dim, seed=89), axes[:, :11] * 1.01, axes[:, :11] * torch.nan):
+    assert _backends.search_counts(x[0, 0], codebook[0], metric).road == "panels"
+    for basis in (None, principal, *others):
         found = nearest(x, codebook, code, None, basis if basis is None else basis.contiguous(), None)
         same(found[1], wanted.indices), same(found[0], wanted.distance)
 

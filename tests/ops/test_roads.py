@@ -154,8 +154,9 @@ def test_wide_rows_on_the_pruned_road_on_cpu(metric, dim, offset):
     x = torch.cat([(cases.normal(500, 20, seed=91) * spread) @ turn + offset, codebook[::5]])
     x[17, 3], x[40] = torch.nan, 1e30
     found = verify(x, codebook, metric, "panels")
-    if metric == "l2":
-        assert found.road == "panels" and (offset or found.evaluations < 0.2 * len(x) * len(codebook))
+    assert found.road == "panels"
+    if metric == "l2" and not offset:
+        assert found.evaluations < 0.2 * len(x) * len(codebook)
 
 
 def in_bytes() -> bool:
