@@ -23,7 +23,7 @@ VQFAST_EXPORT int vqfast_cpu_level() { return vqfast::level(); }
 VQFAST_EXPORT void vqfast_cpu_level_set(int level) { vqfast::set_level(level); }
 // Whether a search of this size may make use of hints.
 VQFAST_EXPORT int vqfast_cpu_may_prune(int64_t rows, int64_t codes, int64_t dim) {
-  return vqfast::may_prune(rows, codes, dim) && vqfast::few_rows(rows, codes, dim) != vqfast::Few::kYes;
+  return vqfast::panels_may_pay(rows, codes, dim) && vqfast::few_rows(rows, codes, dim) != vqfast::Few::kYes;
 }
 
 namespace {

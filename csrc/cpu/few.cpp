@@ -268,7 +268,7 @@ Few few_rows(int64_t rows, int64_t codes, int64_t dim) {
   if (dim > kMostDims || rows > most) return Few::kNo;
   // Measured: up to so many rows other roads cost more by what they prepare, even where they then pass over most codes.
   if (rows <= 64 + 24576 / dim) return Few::kYes;
-  return may_prune(rows, codes, dim) ? Few::kIfSpread : Few::kYes;  // else the other road is the dense one
+  return panels_may_pay(rows, codes, dim) ? Few::kIfSpread : Few::kYes;  // else the other road is the dense one
 }
 
 int64_t search_few(const ExactCodes& codes, int64_t count, const Rows& rows, Few few, const Parallel& parallel, double* score,

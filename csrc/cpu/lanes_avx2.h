@@ -2,7 +2,7 @@
 constexpr int W = 8;
 constexpr int kRows = 6;  // 6 rows x 2 vectors = 12 accumulators, 2 vectors of codes, 1 broadcast: 15 of 16 registers
 constexpr float kOpsPerTerm = 1.0f;
-constexpr float kPairCost = 4.0f;  // measured, with what goes with it
+constexpr float kPairCost = 4.0f;  // multiplied and added apart, and more vectors to compare
 using V = __m256;
 using D = __m256d;
 constexpr int WD = 4;

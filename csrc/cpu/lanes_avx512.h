@@ -2,9 +2,8 @@
 constexpr int W = 16;
 constexpr int kRows = 12;  // 12 rows x 2 vectors = 24 accumulators, 2 vectors of codes, 1 broadcast: 27 of 32 registers
 constexpr float kOpsPerTerm = 1.0f;
-// Measured, with what goes with it.
 #if defined(__AVX512VNNI__)
-constexpr float kPairCost = 1.0f;
+constexpr float kPairCost = 1.0f;  // one instruction
 #else
 constexpr float kPairCost = 4.0f;
 #endif

@@ -2,7 +2,7 @@
 constexpr int W = 4;
 constexpr int kRows = 4;
 constexpr float kOpsPerTerm = 2.0f;
-constexpr float kPairCost = 4.0f;  // measured, with what goes with it
+constexpr float kPairCost = 4.0f;  // multiplied and added apart, and more vectors to compare
 typedef float V __attribute__((vector_size(16), aligned(4)));
 typedef int I __attribute__((vector_size(16)));
 typedef double D __attribute__((vector_size(16), aligned(8)));

@@ -48,12 +48,13 @@ void start_row(Row* row, const float* exact) {
   row->count = 0;
 }
 
-// What a row costs on the dense road in floats, in fused multiplications and additions of vectors of 16 codes: one for each dimension, and what
-// two cost to begin and to compare.
+// What a row costs on the dense road in floats, in fused multiplications and additions of vectors of 16 codes: one for each dimension,
+// and what two cost to begin and to compare.
 double dense_cost(int64_t codes, int64_t dim) { return (double)codes * (dim + 2) / 16.0; }
 
 // What bytes cost at least, as a part of that: 64 products an operation, then what 15 cost to bound 16 codes.
-double least_of_bytes(int64_t dim) { return (dim / 4.0 + 15) / (dim + 2); }
+constexpr double least_of_bytes(int64_t dim) { return (dim / 4.0 + 15) / (dim + 2); }
+static_assert(least_of_bytes(kLeastByteDim) < 1 && least_of_bytes(kLeastByteDim - 1) >= 1, "where bytes begin to win");
 
 // distance of a score: the contract's line 1.
 double distance_of(const ExactCodes& codes, const float* exact, double score) {
@@ -77,7 +78,7 @@ PanelCounts sum_of(const std::vector<PanelCounts>& counts) {
 
 }  // namespace
 
-bool may_prune(int64_t rows, int64_t codes, int64_t dim) {
+bool panels_may_pay(int64_t rows, int64_t codes, int64_t dim) {
   return dim <= kMaxPanelDim && codes >= 128 && rows >= 64 && (double)rows * codes * dim >= 0x1p24;
 }
 
@@ -144,7 +145,7 @@ PanelCounts NearestSearch::pilot(const Rows& rows) const {
 // rows, never from a clock: the same data takes the same road on every machine of a level.
 double NearestSearch::panels_cost(const Rows& rows, const Hints& hints, bool wanted) {
   const int64_t k = (int64_t)codes_.searched().size(), dim = codes_.work().dim;
-  if (!wanted && !may_prune(rows.count, k, dim)) return INFINITY;
+  if (!wanted && !panels_may_pay(rows.count, k, dim)) return INFINITY;
   panels_.reset(new PanelBuild(codes_, hints, parallel_));
   if (!panels_->worth_it) return INFINITY;
   if (wanted) return 0;
@@ -270,13 +271,13 @@ void NearestSearch::fill(const Rows& rows, int64_t first, int64_t count, int64_t
       slack = dense_->error * dense_->balance * 0.5 * square[r] * (1.01 + dim * 0x1p-24);  // the square is a float32 sum
     }
     const bool takes_part = from[r] != centre && square[r] < kWildSquare;
-    start(r < count ? rows.row(first + r) : nullptr, takes_part, square[r], slack, at, tiles);
+    add_row(r < count ? rows.row(first + r) : nullptr, takes_part, square[r], slack, at, tiles);
     for (int64_t d = 0; !takes_part && !bytes_ && d < dim; ++d) floats[d * per_tile + r] = 0.0f;
   }
 }
 
 // Row number `at` of the block, |row - centre|^2 of which is `square`.
-void NearestSearch::start(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const {
+void NearestSearch::add_row(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const {
   Row* row = &tiles->rows[at];
   start_row(row, exact);
   row->slack = 0;

@@ -15,8 +15,8 @@ struct SearchReport {
   int64_t searched = 0, always = 0;  // codes that the plans hold, and codes that every row tries by the exact formula
 };
 
-// Whether the pruned road may be taken for so many rows and codes: what its panels cost to prepare must be little beside the search.
-bool may_prune(int64_t rows, int64_t codes, int64_t dim);
+// Whether the pruned road is looked at for so many rows and codes: what its panels cost to prepare must be little beside the search.
+bool panels_may_pay(int64_t rows, int64_t codes, int64_t dim);
 
 // A search over one codebook; built once per call, used for any number of row sets (levels of a residual quantizer, say).
 class NearestSearch {
@@ -36,7 +36,7 @@ class NearestSearch {
   void run_panels(const Rows& rows, const int64_t* guess, double* score, int64_t* index);
   struct Tiles;
   void fill(const Rows& rows, int64_t first, int64_t count, int64_t tile, Tiles* tiles) const;
-  void start(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const;
+  void add_row(const float* exact, bool takes_part, double square, double slack, int64_t at, Tiles* tiles) const;
   struct Block;
   void describe(const Rows& rows, int64_t from, int64_t count, Block* block, double* score, int64_t* index) const;
   void sort(int64_t count, Block* block) const;
