@@ -60,6 +60,12 @@ View view_of(const Tensor& t, int64_t rank, const char* name) {
   return v;
 }
 
+// What is to be written like x: its strides where it has neither gaps nor overlaps.
+vqfast::Target target_of(Tensor& t) {
+  return {t.mutable_data_ptr(), type_of(t, "the result"), {t.size(0), t.size(1), t.size(2), t.size(3)},
+          {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
 vqfast::Metric metric_of(int64_t metric) {
   STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0 (l2), 1 (cosine) or 2 (dot), got ", metric, ".");
   return static_cast<vqfast::Metric>(metric);
@@ -238,7 +244,7 @@ StepTensors quantize_cpu(Tensor x, Tensor codebook, Optional mask, int64_t metri
   const View rows = view_of(x, 4, "x"), codes = view_of(codebook, 3, "codebook");
   check_pair(rows, codes);
   const int64_t b = rows.size[0], g = rows.size[1], n = rows.size[2], d = rows.size[3], k = codes.size[2];
-  Tensor quantized = torch::stable::new_empty(x, {b, g, n, d});
+  Tensor quantized = torch::stable::empty_like(x);  // in the layout of x: what comes after it reads it as it would have read x
   Tensor sq_error = torch::stable::new_empty(x, {2}, ScalarType::Double);
   Tensor indices = torch::stable::new_empty(x, {b, g, n}, ScalarType::Long);
   Tensor sums = with_sums ? torch::stable::new_empty(x, {g, k, d}, ScalarType::Float)
@@ -248,7 +254,7 @@ StepTensors quantize_cpu(Tensor x, Tensor codebook, Optional mask, int64_t metri
   const HintSet hints(rows, codes, order, basis, guess);
   Optional held;
   vqfast::quantize(rows, codes, mask_data(mask, rows, held), metric_of(metric), hints.groups.data(),
-                   {quantized.mutable_data_ptr(), mutable_data<double>(sq_error), mutable_data<int64_t>(indices),
+                   {target_of(quantized), mutable_data<double>(sq_error), mutable_data<int64_t>(indices),
                     with_sums ? mutable_data<float>(sums) : nullptr, mutable_data<int64_t>(counts),
                     mutable_data<int64_t>(nonfinite)},
                    pool());
@@ -260,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_cpu(
   const View rows = view_of(x, 4, "x"), codes = view_of(codebooks, 4, "codebooks");
   check_pair(rows, codes);
   const int64_t b = rows.size[0], g = rows.size[1], n = rows.size[2], d = rows.size[3], q = codes.size[0], k = codes.size[2];
-  Tensor quantized = torch::stable::new_empty(x, {b, g, n, d});
+  Tensor quantized = torch::stable::empty_like(x);  // in the layout of x: what comes after it reads it as it would have read x
   Tensor sq_error = torch::stable::new_empty(x, {2}, ScalarType::Double);
   Tensor indices = torch::stable::new_empty(x, {q, b, g, n}, ScalarType::Long);
   Tensor sums = with_sums ? torch::stable::new_empty(x, {q, g, k, d}, ScalarType::Float)
@@ -271,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_cpu(
                           : torch::stable::new_empty(x, {0}, ScalarType::Float);
   Optional held;
   vqfast::residual(rows, codes, mask_data(mask, rows, held), metric_of(metric),
-                   {quantized.mutable_data_ptr(), mutable_data<double>(sq_error), mutable_data<int64_t>(indices),
+                   {target_of(quantized), mutable_data<double>(sq_error), mutable_data<int64_t>(indices),
                     with_sums ? mutable_data<float>(sums) : nullptr, mutable_data<int64_t>(counts),
                     mutable_data<int64_t>(nonfinite)},
                    with_pull ? mutable_data<float>(pull) : nullptr, pool());

@@ -179,16 +179,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cuda(const T
     q.search.mask = {static_cast<const unsigned char*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
   }
   const i64 size = q.search.codebook.size;
-  Tensor quantized = new_tensor(x, {rows.batch, rows.groups, rows.count, rows.dim}, x.scalar_type());
+  Tensor quantized = torch::stable::empty_like(x);  // in the layout of x; the kernels write rows
+  const bool in_rows = quantized.is_contiguous();
+  Tensor written = in_rows ? quantized : new_tensor(x, {rows.batch, rows.groups, rows.count, rows.dim}, x.scalar_type());
   Tensor sq_error = new_tensor(x, {2}, ScalarType::Double), nonfinite = new_tensor(x, {}, ScalarType::Long);
   Tensor indices = new_tensor(x, {rows.batch, rows.groups, rows.count}, ScalarType::Long);
   Tensor sums = with_sums ? new_tensor(x, {rows.groups, size, rows.dim}, ScalarType::Float) : new_tensor(x, {0}, ScalarType::Float);
   Tensor counts = new_tensor(x, {rows.groups, size}, ScalarType::Long);
-  q.quantized = quantized.mutable_data_ptr(), q.sq_error = data_of<double>(sq_error), q.nonfinite = data_of<i64>(nonfinite);
+  q.quantized = written.mutable_data_ptr(), q.sq_error = data_of<double>(sq_error), q.nonfinite = data_of<i64>(nonfinite);
   q.search.indices = data_of<i64>(indices), q.sums = with_sums ? data_of<float>(sums) : nullptr, q.counts = data_of<i64>(counts);
   const Tensor memory = scratch(x, vq::quantize_space(q));
   vq::quantize(q, memory.mutable_data_ptr(), device.stream());
   check_launches("quantize_cuda");
+  if (!in_rows) torch::stable::copy_(quantized, written);
   return {quantized, sq_error, indices, sums, counts, nonfinite};
 }
 

@@ -105,5 +105,7 @@ def quantize_triton(
     basis: Tensor | None = None, guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x [B, G, N, D], codebook [G, K, D], mask [B, N] -> quantized, sq_error [2], indices, sums, counts, nonfinite; no host sync."""
-    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return quantized, *_step(x, codebook, mask, metric, with_sums, quantized=quantized)
+    quantized = torch.empty_like(x)  # in the layout of x; the kernel writes rows
+    rows = quantized if quantized.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    results = _step(x, codebook, mask, metric, with_sums, quantized=rows)
+    return quantized if rows is quantized else quantized.copy_(rows), *results

@@ -220,6 +220,11 @@ def ema_update_(
 # ---- quantize --------------------------------------------------------------------------------------------------------------
 
 
+def laid_out_like(x: Tensor, rows: Tensor) -> Tensor:
+    """rows in x's dtype and in its memory layout, where that has neither gaps nor overlaps: images stay channels-first."""
+    return torch.empty_like(x).copy_(rows)
+
+
 def quantize(
     x: Tensor, codebook: Tensor, mask, metric: int, with_sums: bool, order=None, basis=None, guess=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -241,7 +246,7 @@ def quantize(
     sums, counts = code_stats(x, torch.where(valid, indices, -1), k)
     if not with_sums:
         sums = x.new_empty(0, dtype=sums.dtype)
-    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, nonfinite
+    return laid_out_like(x, quantized), sq_error, indices, sums, counts, nonfinite
 
 
 # ---- residual --------------------------------------------------------------------------------------------------------------
@@ -270,4 +275,4 @@ def residual(
     if not with_sums:
         sums = sums.flatten()
     pull = pull.contiguous() if with_pull else pull.new_empty(0)
-    return quantized.to(x.dtype).contiguous(), sq_error, indices, sums, counts, columns[5][0], pull
+    return laid_out_like(x, quantized), sq_error, indices, sums, counts, columns[5][0], pull

@@ -1,7 +1,6 @@
 #include "quantize.h"
 
 #include <math.h>
-#include <string.h>
 
 #include <algorithm>
 
@@ -11,38 +10,6 @@ namespace vqfast {
 namespace {
 
 constexpr int64_t kErrorBlock = 1024;  // rows per partial sum of the error; part of the result's definition
-
-uint16_t narrow_bfloat16(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
-  if (v != v) return 0x7FC0;
-  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t narrow_half(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
-  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
-  if (v != v) return 0x7E00;
-  const float size = fabsf(v);
-  if (size >= 65520.0f) return sign | 0x7C00;
-  if (size < 0x1p-14f) return sign | (uint16_t)lrintf(size * 0x1p24f);  // subnormal: a multiple of 2^-24
-  memcpy(&bits, &size, 4);
-  bits += 0xFFF + ((bits >> 13) & 1);
-  return sign | (uint16_t)((bits >> 13) - (112 << 10));
-}
-
-int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
-void write_row(void* out, int64_t at, Type type, const float* values, int64_t dim) {
-  char* to = static_cast<char*>(out) + at * dim * bytes_of(type);
-  if (type == Type::kFloat32) {
-    memcpy(to, values, dim * 4);
-    return;
-  }
-  uint16_t* half = reinterpret_cast<uint16_t*>(to);
-  for (int64_t d = 0; d < dim; ++d) half[d] = type == Type::kFloat16 ? narrow_half(values[d]) : narrow_bfloat16(values[d]);
-}
 
 double squared_error(const float* x, const float* c, int64_t dim) {
   double total = 0;
@@ -60,16 +27,18 @@ double settled_error(double score) {
   return isfinite(rounded) ? rounded : score;
 }
 
-// What follows the search of one group: called for every row in turn with its code's values (null: masked or not finite).
-// Returns the error summed over blocks in order, and keeps in `kept` the code of rows that count (-1 otherwise).
-template <class Write>
+// What follows the search of one group: for every row in turn write(row, masked, its code's values; null: masked or not finite), where
+// begin_block() makes the `write` of a block of rows. Returns the error summed over blocks in order, and keeps in `kept` the code of rows
+// that count (-1 otherwise).
+template <class Begin>
 double finish_rows(const ExactCodes& codes, const Rows& rows, const bool* mask, const double* score, const int64_t* index,
-                   int64_t* kept, int64_t* nonfinite, const Parallel& parallel, Write&& write) {
+                   int64_t* kept, int64_t* nonfinite, const Parallel& parallel, Begin&& begin_block) {
   const int64_t blocks = (rows.count + kErrorBlock - 1) / kErrorBlock;
   std::vector<double> error(blocks, 0.0);
   std::vector<int64_t> bad(blocks, 0);
   parallel(blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
+      auto write = begin_block();
       for (int64_t i = b * kErrorBlock; i < std::min(rows.count, (b + 1) * kErrorBlock); ++i) {
         const bool masked = mask && !mask[i];
         const bool valid = !masked && !isnan(score[i]);
@@ -107,10 +76,12 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
     const ExactCodes codes = {given.data, given.ld, given.dim, nullptr, metric};
     search_rows(codes, given.count, rows, hints[g], parallel, Road::kAuto, score.data(), index.data(), nullptr);
     error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), out.nonfinite, parallel,
-                         [&](int64_t i, bool masked, const float* code) {
-                           const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
-                           out.indices[at] = masked ? -1 : index[i];
-                           write_row(out.quantized, at, x.type, masked ? zeros.data() : code ? code : nans.data(), dim);
+                         [&] {
+                           return [&, writer = RowWriter(out.quantized, g)](int64_t i, bool masked, const float* code) mutable {
+                             const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
+                             out.indices[at] = masked ? -1 : index[i];
+                             writer.add(i, masked ? zeros.data() : code ? code : nans.data());
+                           };
                          });
     code_stats(rows, kept.data(), k, out.sums ? out.sums + g * k * dim : nullptr, out.counts + g * k, parallel);
   }
@@ -125,7 +96,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
   std::vector<double> score(count);
   std::vector<int64_t> index(count), kept(count);
   std::unique_ptr<float[]> rest(new float[std::max<int64_t>(1, count * dim)]), total(new float[std::max<int64_t>(1, count * dim)]);
-  const int64_t type_bytes = bytes_of(codebooks.type);
+  const int64_t type_bytes = codebooks.type == Type::kFloat32 ? 4 : 2;
   double error = 0;
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -145,14 +116,16 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       int64_t nonfinite = 0;
       int64_t* indices = out.indices + q * count * groups;
       error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel,
-                           [&](int64_t i, bool masked, const float* code) {
-                             const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
-                             indices[at] = masked ? -1 : index[i];
-                             float* sum = total.get() + i * dim;
-                             for (int64_t d = 0; d < dim; ++d) {
-                               const float value = masked ? 0.0f : code ? code[d] : NAN;
-                               sum[d] = q == 0 ? value : sum[d] + value;
-                             }
+                           [&] {
+                             return [&](int64_t i, bool masked, const float* code) {
+                               const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
+                               indices[at] = masked ? -1 : index[i];
+                               float* sum = total.get() + i * dim;
+                               for (int64_t d = 0; d < dim; ++d) {
+                                 const float value = masked ? 0.0f : code ? code[d] : NAN;
+                                 sum[d] = q == 0 ? value : sum[d] + value;
+                               }
+                             };
                            });
       code_stats(rows, kept.data(), k, out.sums ? out.sums + (q * groups + g) * k * dim : nullptr,
                  out.counts + (q * groups + g) * k, parallel);
@@ -180,8 +153,8 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       if (q == 0) *out.nonfinite += nonfinite;
     }
     parallel(count, 512, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        write_row(out.quantized, (i / per_batch * groups + g) * per_batch + i % per_batch, x.type, total.get() + i * dim, dim);
+      RowWriter writer(out.quantized, g);
+      for (int64_t i = begin; i < end; ++i) writer.add(i, total.get() + i * dim);
     });
   }
   out.sq_error[0] = out.sq_error[1] = error;

@@ -4,8 +4,8 @@
 
 namespace vqfast {
 
-struct StepOutputs {       // of one codebook; canonical layout, contiguous
-  void* quantized;         // [B, G, N, D] in x's type
+struct StepOutputs {       // of one codebook; contiguous but for quantized
+  Target quantized;        // [B, G, N, D] in x's type
   double* sq_error;        // [2] the same sum twice
   int64_t* indices;        // [B, G, N]
   float* sums;             // [G, K, D] or null

@@ -1,4 +1,4 @@
-// Strided inputs of any supported dtype, brought to contiguous float rows. Torch-free.
+// Strided tensors of any supported dtype: inputs brought to contiguous float rows, rows of floats written to where they belong. Torch-free.
 #pragma once
 #include <stdint.h>
 
@@ -10,13 +10,16 @@ namespace vqfast {
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };
 
-// x [B, G, N, D] or a codebook [1, G, K, D]; strides in elements.
-struct View {
-  const void* data;
+// Strides in elements.
+template <class Data>
+struct Strided {
+  Data* data;
   Type type;
   int64_t size[4];
   int64_t stride[4];
 };
+using View = Strided<const void>;  // x [B, G, N, D] or a codebook [1, G, K, D]
+using Target = Strided<void>;      // rows [B, G, N, D] to be written
 
 // Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set.
 class FloatMode {
@@ -74,5 +77,32 @@ struct Rows {
 };
 
 Rows rows_of_group(const View& view, int64_t group, const Parallel& parallel);
+
+// Writes rows of one group in ascending order, each rounded to the target's type. A few wait until they can be written together: where
+// rows lie column by column (channels-first) one alone would touch a cache line for each of its values. What waits must stay as it is.
+class RowWriter {
+ public:
+  static constexpr int kMost = 64;  // rows that wait: whole cache lines of each coordinate
+
+  RowWriter(const Target& to, int64_t group) : to_(to), group_(group) {}
+  ~RowWriter() { flush(); }
+  RowWriter(const RowWriter&) = delete;
+
+  // Row number i of B * N, [D]; follows the one before.
+  void add(int64_t i, const float* values) {
+    if (count_ == kMost || (count_ > 0 && i % to_.size[2] == 0)) flush();
+    if (count_ == 0) first_ = i;
+    waiting_[count_++] = values;
+  }
+
+ private:
+  void flush();
+
+  const Target& to_;
+  const int64_t group_;
+  int64_t first_ = 0;
+  int count_ = 0;
+  const float* waiting_[kMost];
+};
 
 }  // namespace vqfast

@@ -85,6 +85,20 @@ def test_decode_maps_holes_to_zeros_and_refuses_other_indices(backend, kind):
 
 
 @KIND
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_leaves_lies_as_what_came(backend, kind, layout):
+    """So that convolutions around a layer find their own layout, forward and backward."""
+    z, upstream = (cases.normal(2, DIM, 12, 11, seed=s).to(memory_format=layout) for s in (2, 3))
+    layer, ours, factor = on(backend, make(kind, channel_dim=1), z, upstream)
+    out = layer(ours.requires_grad_())
+    assert out.quantized.stride() == z.stride()
+    seen = []
+    ours.register_hook(lambda grad: seen.append(grad.stride()))  # before it is accumulated, which would set it right
+    ((out.quantized * factor).sum() + out.loss).backward()
+    assert seen == [z.stride()]
+
+
+@KIND
 @pytest.mark.parametrize("view", tuple(cases.views(torch.zeros(2, 24, 5))))
 def test_strides(backend, kind, view):
     z = cases.normal(2, 24, DIM, seed=2)

@@ -35,7 +35,8 @@ def verify_border(backend, x, codebook, mask=None, metric="l2"):
     k, dim = codebook.shape[-2:]
     same(indices, expected.indices, "indices")
     same(quantized, expected.quantized.to(x.dtype), "quantized")
-    assert quantized.is_contiguous() and sq_error.dtype == torch.float64 and nonfinite.dtype == torch.int64
+    assert quantized.stride() == torch.empty_like(x).stride(), "in the layout of x"
+    assert sq_error.dtype == torch.float64 and nonfinite.dtype == torch.int64
     same(counts, expected.counts, "counts")
     close(sums, expected.sums, oracle.sums_bound(x.nan_to_num(0, 0, 0), expected.indices, k), "sums")
     assert nonfinite.item() == expected.nonfinite
@@ -98,6 +99,53 @@ def test_strides(backend, view):
     verify_border(backend, cases.views(x)[view].unsqueeze(1), codebook, mask)
     heads = cases.views(cases.normal(2, 24, 12, seed=8))[view].unflatten(-1, (2, 6)).transpose(1, 2)
     verify_border(backend, heads, cases.normal(2, 40, 6, seed=9), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [1, 3, 4, 7, 64])
+def test_images(backend, dim, dtype):
+    """Channels-first, more rows than are turned around together, and neither rows nor coordinates a multiple of four."""
+    image = cases.normal(3, 2 * dim, 15, 11, seed=dim).to(dtype)
+    image[1, 0, 7, 5] = math.nan
+    x = image.flatten(2).transpose(1, 2).unflatten(-1, (2, dim)).transpose(1, 2)  # [3, 2, 165, dim], a view
+    assert dim == 1 or x.stride(2) == 1
+    verify_border(backend, x, cases.normal(2, 40, dim, seed=9), torch.arange(3 * 165).view(3, 165) % 7 > 0)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_first"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_is_taken_exactly(backend, dtype, layout):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.isfinite()].view(-1, 2, 1, 8)[:: 1 if backend == "cpu" else 61].permute(1, 2, 0, 3)
+    x = values if layout == "rows" else values.transpose(2, 3).contiguous().transpose(2, 3)
+    rows = x.shape[0] * x.shape[2]
+    sums, _ = op("code_stats", backend)(*put(backend, x, torch.arange(rows).view(2, 1, -1)), rows)
+    same(sums[0].cpu(), values.reshape(rows, 8).float())
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_first"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_codes_are_rounded_to_the_nearest_half(backend, dtype, layout):
+    """Ties, subnormals, the largest and what is beyond it: as torch rounds. A second column tells the codes apart."""
+    halves = torch.arange(0, 2**15, 37 if backend == "cpu" else 1999).to(torch.int16).view(dtype)
+    halves = torch.cat((halves[halves.float() <= 60000], torch.tensor([65504.0, 2.0**-24, 2.0**-14, 2.0**-126]).to(dtype)))
+    bits = halves.float().view(torch.int32)
+    half_step = torch.where(halves.float() < 2.0**-14, 2.0**-25, 0.0) if dtype == torch.float16 else torch.zeros(len(bits))
+    near = [halves.float() + half_step]  # ties of subnormals; for the others, values about the middle between two
+    step = 1 << (13 if dtype == torch.float16 else 16)
+    near += [(bits + offset).view(torch.float32) for offset in (0, 1, step // 2 - 1, step // 2, step // 2 + 1, step - 1)]
+    values = torch.cat([*near, torch.tensor([65519.99, 65520.0, 65536.0])]) * torch.tensor([1.0, -1.0])[:, None]
+    size, apart = (1024, 32.0) if dtype == torch.float16 else (128, 1024.0)  # which both types hold exactly
+    for chunk in values.reshape(-1).split(size):
+        codebook = torch.stack((chunk, apart * torch.arange(len(chunk))), -1)[None]
+        x = codebook.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)[None]
+        x = x if layout == "rows" else x.transpose(2, 3).contiguous().transpose(2, 3)
+        quantized, _, indices, *_ = border(backend, x, codebook)
+        same_bits(quantized, codebook[0, indices[0, 0]].to(dtype)[None, None])
+        assert len(indices.unique()) == len(chunk)
 
 
 def test_statistics_can_be_left_out(backend):

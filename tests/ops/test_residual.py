@@ -68,6 +68,13 @@ def test_leading_axes(backend, lead):
         same(out.indices.reshape(-1, 4), loop(x.reshape(-1, 9), codebooks)[0])
 
 
+def test_images_stay_channels_first(backend):
+    x, codebooks = cases.normal(2, 9, 80, seed=7).transpose(1, 2), problem()[1]
+    out = run(backend, x, codebooks)
+    same(out.quantized, run(backend, x.contiguous(), codebooks).quantized)
+    assert out.quantized.stride() == x.stride()
+
+
 def test_losses_are_means_over_levels(backend):
     x, codebooks = problem()
     out = run(backend, x, codebooks, commitment_weight=0.5)

@@ -15,23 +15,25 @@ def _hash(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
-def candidates(rows: Tensor, indices: Tensor, step: Tensor, slots: int) -> Tensor:
+def candidates(rows: Tensor, valid: Tensor, step: Tensor, slots: int) -> Tensor:
     """Pick up to `slots` valid rows per group, by a hash of (step, position).
 
-    rows [B, G, N, D], indices [B, G, N] (-1 = masked), step [] int64 -> [G, slots, D + 1]; the last column is 1 for a real row.
+    rows [B, G, N, D], valid [B, G, N] bool, step [] int64 -> [G, slots, D + 1]; the last column is 1 for a real row.
     """
-    groups, dim = rows.shape[1], rows.shape[3]
-    flat = rows.transpose(0, 1).reshape(groups, -1, dim)
-    slots = min(slots, flat.shape[1])
+    batches, groups, per_batch, dim = rows.shape
+    count = batches * per_batch
+    slots = min(slots, count)
     if slots == 0:
-        return flat.new_zeros(groups, 0, dim + 1, dtype=torch.float32)
-    valid = (indices.transpose(0, 1).reshape(groups, -1) >= 0) & flat.isfinite().all(-1)
-    position = torch.arange(flat.shape[1], device=rows.device)
-    order = _hash((position + step * flat.shape[1] + 1) * _GOLDEN) >> 1
+        return rows.new_zeros(groups, 0, dim + 1, dtype=torch.float32)
+    valid = valid.transpose(0, 1).reshape(groups, count)
+    position = torch.arange(count, device=rows.device)
+    order = _hash((position + step * count + 1) * _GOLDEN) >> 1
     order = torch.where(valid, order, torch.iinfo(torch.int64).max)
     picked = order.topk(slots, dim=-1, largest=False).indices  # [G, slots]
-    chosen = flat.gather(1, picked[..., None].expand(-1, -1, dim)).to(torch.float32)
-    real = valid.gather(1, picked)
+    group = torch.arange(groups, device=rows.device)[:, None]
+    chosen = rows[picked // per_batch, group, picked % per_batch].to(torch.float32)
+    # A rest of rows that are finite may have overflowed.
+    real = valid.gather(1, picked) & chosen.isfinite().all(-1)
     return torch.cat((torch.where(real[..., None], chosen, 0), real[..., None].to(torch.float32)), -1)
 
 

@@ -155,7 +155,7 @@ class _Quantizer(QuantizerBase):
         return step.counts
 
     def _candidates(self, rows: Tensor, step: quantize.Step) -> Tensor:
-        return _revival.candidates(rows, step.indices, self.updates, self._slots())
+        return _revival.candidates(rows, step.valid(), self.updates, self._slots())
 
     @torch.no_grad()
     def update_(self) -> None:

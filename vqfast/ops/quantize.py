@@ -43,7 +43,7 @@ def _fake(x, codebook, mask, metric, with_sums, order=None, basis=None, guess=No
     k = codebook.shape[1]
     sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        x.new_empty(b, g, n, d),
+        torch.empty_like(x),
         x.new_empty(2, dtype=torch.float64),
         x.new_empty(b, g, n, dtype=torch.int64),
         x.new_empty((g, k, d) if with_sums else (0,), dtype=sums_dtype),
@@ -148,6 +148,11 @@ class Step(NamedTuple):
     sums: Tensor  # [G, K, D] float32, or [0]
     counts: Tensor  # [G, K] int64
     nonfinite: Tensor  # [] int64
+
+    def valid(self) -> Tensor:
+        """[B, G, N] bool: rows that are neither masked nor not finite."""
+        indices = self.indices if self.indices.dim() == 3 else self.indices[0]  # all levels of a residual step have one mask
+        return (indices >= 0) & ~self.quantized[..., 0].isnan()
 
 
 def step(x, codebook, mask=None, *, metric=0, with_sums=False, hints=SearchHints(), backend=None) -> Step:

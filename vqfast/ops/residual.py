@@ -16,7 +16,7 @@ def _fake(x, codebooks, mask, metric, with_sums, with_pull):
     q, _, k, _ = codebooks.shape
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     return (
-        x.new_empty(b, g, n, d),
+        torch.empty_like(x),
         x.new_empty(2, dtype=torch.float64),
         x.new_empty(q, b, g, n, dtype=torch.int64),
         x.new_empty((q, g, k, d) if with_sums else (0,), dtype=work),
