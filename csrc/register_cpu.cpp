@@ -15,6 +15,7 @@
 #include "cpu/hints.h"
 #include "cpu/nearest.h"
 #include "cpu/quantize.h"
+#include "cpu/straight_through.h"
 
 #define VQFAST_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -212,6 +213,39 @@ std::tuple<Tensor, Tensor> code_stats_cpu(Tensor x, Tensor indices, int64_t code
   return {sums, counts};
 }
 
+Tensor straight_through_cpu(Optional grad, Tensor x, Tensor codes, Tensor indices, double factor) {
+  Tensor out = torch::stable::empty_like(x);
+  vqfast::Target target = target_of(out);
+  std::vector<Tensor> held;
+  // As `out` lies, so that a loop runs along the same axis of all.
+  const auto laid_out = [&](const Tensor& t, const char* name) {
+    View view = view_of(t, 4, name);
+    STD_TORCH_CHECK(view.type == target.type && std::equal(view.size, view.size + 4, target.size), name, " must have x's shape and dtype.");
+    const int64_t axis = target.stride[3] == 1 ? 3 : 2;
+    if (view.stride[axis] == 1 || target.stride[axis] != 1) return view;
+    held.push_back(torch::stable::empty_like(out));
+    vqfast::lay_out(view, target_of(held.back()), pool());
+    return view_of(held.back(), 4, name);
+  };
+  const View rows = laid_out(x, "x");
+  View through{};
+  if (grad) through = laid_out(*grad, "grad");
+  const bool are_rows = codes.dim() == 4;
+  const View given = are_rows ? laid_out(codes, "codes") : view_of(codes, 3, "codes");
+  if (!are_rows) check_pair(rows, given);
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 && indices.size(0) == rows.size[0] &&
+                      indices.size(1) == rows.size[1] && indices.size(2) == rows.size[2],
+                  "indices must be int64 [B, G, N], as x.");
+  const Tensor flat = torch::stable::contiguous(indices);
+  const int64_t* index = static_cast<const int64_t*>(flat.const_data_ptr());
+  const int64_t most = are_rows ? INT64_MAX : given.size[2] - 1;
+  STD_TORCH_CHECK(std::all_of(index, index + indices.numel(), [&](int64_t i) { return i >= -1 && i <= most; }),
+                  "IndexError: an index lies outside -1..", most, ".");
+  vqfast::straight_through(rows, grad ? &through : nullptr, given, are_rows ? vqfast::CodesAre::kRows : vqfast::CodesAre::kCodebook, index,
+                           (float)factor, target, pool());
+  return out;
+}
+
 void ema_update_cpu_(Tensor codebook, Tensor cluster_size, Tensor cluster_sum, Tensor sums, Tensor counts, Optional frozen,
                      double decay, double eps) {
   for (const Tensor* t : {&codebook, &cluster_size, &cluster_sum})
@@ -312,5 +346,6 @@ STABLE_TORCH_LIBRARY_IMPL(vqfast, CPU, m) {
   m.impl("code_stats_cpu", TORCH_BOX(&code_stats_cpu));
   m.impl("ema_update_cpu_", TORCH_BOX(&ema_update_cpu_));
   m.impl("quantize_cpu", TORCH_BOX(&quantize_cpu));
+  m.impl("straight_through_cpu", TORCH_BOX(&straight_through_cpu));
   m.impl("residual_cpu", TORCH_BOX(&residual_cpu));
 }

@@ -8,6 +8,7 @@ their own names, so that loading two copies of one is harmless and a machine wit
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -93,6 +94,14 @@ def _implement(name: str, function: Callable, key: str) -> None:
 def call(op: str, backend: str) -> Callable:
     """The op of one backend, ready to be called with the schema's arguments."""
     return _ops[op][backend]
+
+
+def bound_once(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Class decorator. Torch binds the arguments of a Function that has a setup_context by a signature that it would work out anew at
+    every call, which costs as much as a search of a few rows.
+    """
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
 
 
 def families() -> list[str]:

@@ -222,7 +222,8 @@ def ema_update_(
 
 def laid_out_like(x: Tensor, rows: Tensor) -> Tensor:
     """rows in x's dtype and in its memory layout, where that has neither gaps nor overlaps: images stay channels-first."""
-    return torch.empty_like(x).copy_(rows)
+    like = torch.empty_like(x)
+    return rows if rows.dtype == x.dtype and rows.stride() == like.stride() else like.copy_(rows)
 
 
 def quantize(
@@ -247,6 +248,27 @@ def quantize(
     if not with_sums:
         sums = x.new_empty(0, dtype=sums.dtype)
     return laid_out_like(x, quantized), sq_error, indices, sums, counts, nonfinite
+
+
+def straight_through(grad: Tensor | None, x: Tensor, codes: Tensor, indices: Tensor, factor) -> Tensor:
+    """grad + factor (x - code), [B, G, N, D] in x's dtype and layout, from rows or a codebook of codes; see vqfast.ops.straight_through.
+
+    Plain torch, so that it has a gradient of its own.
+    """
+    rows = codes if codes.dim() == 4 else gather(codes, indices)
+    work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
+    pull = where_counted(x.to(work) - rows.to(work), indices)
+    factor = torch.as_tensor(factor, dtype=work, device=x.device)
+    if grad is None:
+        return laid_out_like(x, pull * factor)
+    return laid_out_like(x, torch.addcmul(torch.where((indices >= 0)[..., None], grad, 0).to(work), pull, factor))
+
+
+def where_counted(rest: Tensor, indices: Tensor) -> Tensor:
+    """rest [B, G, N, D], 0 in rows that are masked or not finite."""
+    low, high = rest.detach().aminmax(dim=-1)  # isfinite().all(-1) would go over the rows five times
+    counts = (indices >= 0) & (low > -torch.inf) & (high < torch.inf)
+    return torch.where(counts[..., None], rest, 0)
 
 
 # ---- residual --------------------------------------------------------------------------------------------------------------

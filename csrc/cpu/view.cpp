@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "element.h"
+
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -11,53 +13,68 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kTogether = RowWriter::kMost;  // rows that are turned around together
-
-template <class To, class From>
-To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
+template <Type type>
+void widen_rows(const View& v, int64_t b, int64_t g, int64_t begin, int64_t end, float* out, int64_t dim) {
+  using T = typename Element<type>::T;
+  const T* from = static_cast<const T*>(v.data) + b * v.stride[0] + g * v.stride[1];
+  if (v.stride[3] == 1) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t d = 0; d < dim; ++d) out[n * dim + d] = Element<type>::widen(from[n * v.stride[2] + d]);
+    return;
+  }
+  // Rows that lie far apart per coordinate (channels-first) are read along their own axis.
+  float tile[4][kRowsTogether];
+  for (int64_t n0 = begin; n0 < end; n0 += kRowsTogether) {
+    const int64_t n = std::min(kRowsTogether, end - n0);
+    float* to = out + n0 * dim;
+    for (int64_t d = 0; d < dim; d += 4) {
+      const int64_t some = std::min<int64_t>(4, dim - d);
+      for (int64_t j = 0; j < some; ++j) {
+        const T* at = from + n0 * v.stride[2] + (d + j) * v.stride[3];
+        if (v.stride[2] == 1 && n0 + 2 * kRowsTogether <= end) fetch_next<0>(at);
+        if (v.stride[2] == 1) for (int64_t i = 0; i < n; ++i) tile[j][i] = Element<type>::widen(at[i]);
+        else for (int64_t i = 0; i < n; ++i) tile[j][i] = Element<type>::widen(at[i * v.stride[2]]);
+      }
+      int64_t i = 0;
+      for (; some == 4 && i + 4 <= n; i += 4)
+        turn_around({tile[0] + i, tile[1] + i, tile[2] + i, tile[3] + i}, to + i * dim + d, dim);
+      for (; i < n; ++i)
+        for (int64_t j = 0; j < some; ++j) to[i * dim + d + j] = tile[j][i];
+    }
+  }
 }
 
-// None of these branches, so that the compiler makes vectors of a loop over them. Values are exact, or rounded to the nearest even.
+// rows[0..n), n <= kRowsTogether, become the rows from `first` on of what v describes, and `more` follow them.
 template <Type type>
-struct Element;
-template <>
-struct Element<Type::kFloat32> {
-  using T = float;
-  static float widen(float v) { return v; }
-  static float narrow(float v) { return v; }
-};
-template <>
-struct Element<Type::kFloat16> {
-  using T = uint16_t;
-  static float widen(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-    const uint32_t scaled = bits_as<uint32_t>(bits_as<float>((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f);  // subnormals too
-    return bits_as<float>(sign | scaled | ((h & 0x7C00) == 0x7C00 ? 0x7F800000u : 0u));
+void narrow_rows(const Target& v, void* first, const float* const* rows, int64_t n, int64_t more) {
+  using T = typename Element<type>::T;
+  const int64_t dim = v.size[3];
+  T* to = static_cast<T*>(first);
+  if (v.stride[3] == 1 || v.stride[2] != 1) {
+    for (int64_t i = 0; i < n; ++i, to += v.stride[2]) {
+      if (v.stride[3] == 1) for (int64_t d = 0; d < dim; ++d) to[d] = Element<type>::narrow(rows[i][d]);
+      else for (int64_t d = 0; d < dim; ++d) to[d * v.stride[3]] = Element<type>::narrow(rows[i][d]);
+    }
+    return;
   }
-  static uint16_t narrow(float v) {
-    const uint32_t bits = bits_as<uint32_t>(v), size = bits & 0x7FFFFFFF;
-    // Subnormals are multiples of 2^-24, the last place of 0.5, by which the addition rounds them.
-    const uint32_t small = bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - 0x3F000000;
-    const uint32_t normal = (size + 0xFFF + ((size >> 13) & 1) - (112u << 23)) >> 13;
-    const uint32_t finite = size < 0x38800000 ? small : size < 0x477FF000 ? normal : 0x7C00;  // from 65520 on infinite
-    return (uint16_t)(((bits >> 16) & 0x8000) | (size > 0x7F800000 ? 0x7E00 : finite));
+  float tile[4][kRowsTogether];
+  for (int64_t d = 0; d < dim; d += 4) {
+    const int64_t some = std::min<int64_t>(4, dim - d);
+    int64_t i = 0;
+    for (; some == 4 && i + 4 <= n; i += 4)
+      turn_around({rows[i] + d, rows[i + 1] + d, rows[i + 2] + d, rows[i + 3] + d}, tile[0] + i, kRowsTogether);
+    for (; i < n; ++i)
+      for (int64_t j = 0; j < some; ++j) tile[j][i] = rows[i][d + j];
+    for (int64_t j = 0; j < some; ++j) {
+      T* at = to + (d + j) * v.stride[3];
+      if (more >= kRowsTogether) fetch_next<1>(at);
+      for (i = 0; i < n; ++i) at[i] = Element<type>::narrow(tile[j][i]);
+    }
   }
-};
-template <>
-struct Element<Type::kBFloat16> {
-  using T = uint16_t;
-  static float widen(uint16_t h) { return bits_as<float>((uint32_t)h << 16); }
-  static uint16_t narrow(float v) {
-    const uint32_t bits = bits_as<uint32_t>(v);
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-  }
-};
+}
 
-// Four values of each of four vectors, turned around: value j of vector i goes to to[j * ld + i].
+}  // namespace
+
 void turn_around(const float* const (&from)[4], float* to, int64_t ld) {
 #if defined(__SSE2__)
   __m128 a = _mm_loadu_ps(from[0]), b = _mm_loadu_ps(from[1]), c = _mm_loadu_ps(from[2]), d = _mm_loadu_ps(from[3]);
@@ -71,72 +88,6 @@ void turn_around(const float* const (&from)[4], float* to, int64_t ld) {
     for (int64_t i = 0; i < 4; ++i) to[j * ld + i] = from[i][j];
 #endif
 }
-
-// The next rows of a coordinate on their way: no hardware sees a pattern in as many streams as there are coordinates.
-template <int kForWriting, class T>
-void fetch_next(const T* at) {
-  for (int64_t i = 0; i < kTogether; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(at + kTogether + i, kForWriting);
-}
-
-template <Type type>
-void widen_rows(const View& v, int64_t b, int64_t g, int64_t begin, int64_t end, float* out, int64_t dim) {
-  using T = typename Element<type>::T;
-  const T* from = static_cast<const T*>(v.data) + b * v.stride[0] + g * v.stride[1];
-  if (v.stride[3] == 1) {
-    for (int64_t n = begin; n < end; ++n)
-      for (int64_t d = 0; d < dim; ++d) out[n * dim + d] = Element<type>::widen(from[n * v.stride[2] + d]);
-    return;
-  }
-  // Rows that lie far apart per coordinate (channels-first) are read along their own axis.
-  float tile[4][kTogether];
-  for (int64_t n0 = begin; n0 < end; n0 += kTogether) {
-    const int64_t n = std::min(kTogether, end - n0);
-    float* to = out + n0 * dim;
-    for (int64_t d = 0; d < dim; d += 4) {
-      const int64_t some = std::min<int64_t>(4, dim - d);
-      for (int64_t j = 0; j < some; ++j) {
-        const T* at = from + n0 * v.stride[2] + (d + j) * v.stride[3];
-        if (v.stride[2] == 1 && n0 + 2 * kTogether <= end) fetch_next<0>(at);
-        if (v.stride[2] == 1) for (int64_t i = 0; i < n; ++i) tile[j][i] = Element<type>::widen(at[i]);
-        else for (int64_t i = 0; i < n; ++i) tile[j][i] = Element<type>::widen(at[i * v.stride[2]]);
-      }
-      int64_t i = 0;
-      for (; some == 4 && i + 4 <= n; i += 4) turn_around({tile[0] + i, tile[1] + i, tile[2] + i, tile[3] + i}, to + i * dim + d, dim);
-      for (; i < n; ++i)
-        for (int64_t j = 0; j < some; ++j) to[i * dim + d + j] = tile[j][i];
-    }
-  }
-}
-
-// rows[0..n), n <= kTogether, become the rows from `first` on of what v describes, and `more` follow them.
-template <Type type>
-void narrow_rows(const Target& v, void* first, const float* const* rows, int64_t n, int64_t more) {
-  using T = typename Element<type>::T;
-  const int64_t dim = v.size[3];
-  T* to = static_cast<T*>(first);
-  if (v.stride[3] == 1 || v.stride[2] != 1) {
-    for (int64_t i = 0; i < n; ++i, to += v.stride[2]) {
-      if (v.stride[3] == 1) for (int64_t d = 0; d < dim; ++d) to[d] = Element<type>::narrow(rows[i][d]);
-      else for (int64_t d = 0; d < dim; ++d) to[d * v.stride[3]] = Element<type>::narrow(rows[i][d]);
-    }
-    return;
-  }
-  float tile[4][kTogether];
-  for (int64_t d = 0; d < dim; d += 4) {
-    const int64_t some = std::min<int64_t>(4, dim - d);
-    int64_t i = 0;
-    for (; some == 4 && i + 4 <= n; i += 4) turn_around({rows[i] + d, rows[i + 1] + d, rows[i + 2] + d, rows[i + 3] + d}, tile[0] + i, kTogether);
-    for (; i < n; ++i)
-      for (int64_t j = 0; j < some; ++j) tile[j][i] = rows[i][d + j];
-    for (int64_t j = 0; j < some; ++j) {
-      T* at = to + (d + j) * v.stride[3];
-      if (more >= kTogether) fetch_next<1>(at);
-      for (i = 0; i < n; ++i) at[i] = Element<type>::narrow(tile[j][i]);
-    }
-  }
-}
-
-}  // namespace
 
 Rows rows_of_group(const View& v, int64_t group, const Parallel& parallel) {
   Rows rows;
@@ -166,6 +117,16 @@ Rows rows_of_group(const View& v, int64_t group, const Parallel& parallel) {
   rows.data = out;
   rows.ld = rows.dim;
   return rows;
+}
+
+void lay_out(const View& from, const Target& to, const Parallel& parallel) {
+  for (int64_t g = 0; g < from.size[1]; ++g) {
+    const Rows rows = rows_of_group(from, g, parallel);
+    parallel(rows.count, 512, [&](int64_t begin, int64_t end) {
+      RowWriter writer(to, g);
+      for (int64_t i = begin; i < end; ++i) writer.add(i, rows.row(i));
+    });
+  }
 }
 
 void RowWriter::flush() {

@@ -65,6 +65,9 @@ using AlignedInts = std::unique_ptr<int32_t[], AlignedDelete>;
 inline AlignedFloats aligned_floats(int64_t n) { return AlignedFloats(new (std::align_val_t(64)) float[n]); }
 inline AlignedInts aligned_ints(int64_t n) { return AlignedInts(new (std::align_val_t(64)) int32_t[n]); }
 
+// Four values of each of four vectors, turned around: value j of vector i goes to to[j * ld + i].
+void turn_around(const float* const (&from)[4], float* to, int64_t ld);
+
 // Rows [count, dim] of one group as floats: the input itself where it already lies so, else a widened copy.
 struct Rows {
   const float* data = nullptr;
@@ -78,19 +81,19 @@ struct Rows {
 
 Rows rows_of_group(const View& view, int64_t group, const Parallel& parallel);
 
+constexpr int64_t kRowsTogether = 64;  // that are turned around together: whole cache lines of each coordinate
+
 // Writes rows of one group in ascending order, each rounded to the target's type. A few wait until they can be written together: where
 // rows lie column by column (channels-first) one alone would touch a cache line for each of its values. What waits must stay as it is.
 class RowWriter {
  public:
-  static constexpr int kMost = 64;  // rows that wait: whole cache lines of each coordinate
-
   RowWriter(const Target& to, int64_t group) : to_(to), group_(group) {}
   ~RowWriter() { flush(); }
   RowWriter(const RowWriter&) = delete;
 
   // Row number i of B * N, [D]; follows the one before.
   void add(int64_t i, const float* values) {
-    if (count_ == kMost || (count_ > 0 && i % to_.size[2] == 0)) flush();
+    if (count_ == kRowsTogether || (count_ > 0 && i % to_.size[2] == 0)) flush();
     if (count_ == 0) first_ = i;
     waiting_[count_++] = values;
   }
@@ -102,7 +105,10 @@ class RowWriter {
   const int64_t group_;
   int64_t first_ = 0;
   int count_ = 0;
-  const float* waiting_[kMost];
+  const float* waiting_[kRowsTogether];
 };
+
+// The same rows, of the same type, in another layout.
+void lay_out(const View& from, const Target& to, const Parallel& parallel);
 
 }  // namespace vqfast

@@ -15,17 +15,18 @@ def _hash(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
-def candidates(rows: Tensor, valid: Tensor, step: Tensor, slots: int) -> Tensor:
+def candidates(rows: Tensor, indices: Tensor, quantized: Tensor, step: Tensor, slots: int) -> Tensor:
     """Pick up to `slots` valid rows per group, by a hash of (step, position).
 
-    rows [B, G, N, D], valid [B, G, N] bool, step [] int64 -> [G, slots, D + 1]; the last column is 1 for a real row.
+    rows [B, G, N, D], indices [B, G, N] (-1 = masked), quantized [B, G, N, D] (NaN = not finite), step [] int64 -> [G, slots, D + 1]; the
+    last column is 1 for a real row.
     """
     batches, groups, per_batch, dim = rows.shape
     count = batches * per_batch
     slots = min(slots, count)
     if slots == 0:
         return rows.new_zeros(groups, 0, dim + 1, dtype=torch.float32)
-    valid = valid.transpose(0, 1).reshape(groups, count)
+    valid = ((indices >= 0) & ~quantized[..., 0].isnan()).transpose(0, 1).reshape(groups, count)
     position = torch.arange(count, device=rows.device)
     order = _hash((position + step * count + 1) * _GOLDEN) >> 1
     order = torch.where(valid, order, torch.iinfo(torch.int64).max)

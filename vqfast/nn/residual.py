@@ -102,7 +102,7 @@ class ResidualVectorQuantizer(VectorQuantizerEMA):
             return rows.new_zeros(self.num_quantizers, 0, rows.shape[-1] + 1, dtype=torch.float32)
         pools, rest = [], rows.to(torch.float32)
         for level in range(self.num_quantizers):
-            pools.append(_revival.candidates(rest, step.valid(), self.updates, self._slots()))
+            pools.append(_revival.candidates(rest, step.indices[0], step.quantized, self.updates, self._slots()))
             if level < len(step.indices):
                 rest = rest - gather(self.codebook[level][None], step.indices[level], validate=False)
         return torch.cat(pools)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vqfast._border import is_traced
 from vqfast.nn import _layout, _revival
 from vqfast.nn._base import QuantizerBase, rerun_in_backward
 from vqfast.nn._distributed import all_reduce_stats, world
@@ -155,7 +156,7 @@ class _Quantizer(QuantizerBase):
         return step.counts
 
     def _candidates(self, rows: Tensor, step: quantize.Step) -> Tensor:
-        return _revival.candidates(rows, step.valid(), self.updates, self._slots())
+        return _revival.candidates(rows, step.indices, step.quantized, self.updates, self._slots())
 
     @torch.no_grad()
     def update_(self) -> None:
@@ -185,6 +186,8 @@ class _Quantizer(QuantizerBase):
     def _revive(self, pool: Tensor, any_row: Tensor) -> None:
         size = self._grouped(self.cluster_size)
         dead = (size < self.revive_below) & ~self._grouped(self.frozen) & any_row
+        if dead.device.type == "cpu" and not is_traced() and not dead.any():
+            return  # asking costs nothing here, and what follows goes over the whole codebook
         codebook = self._grouped(self.codebook.data)
         replaced = _revival.replace_dead_(codebook, dead, pool)
         fresh = max(1.0, 2.0 * self.revive_below)

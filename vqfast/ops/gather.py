@@ -25,6 +25,7 @@ def _backward(ctx, grad):
     return scatter(grad, indices, ctx.codebook_size).to(ctx.dtype), None
 
 
+@_border.bound_once
 class Scatter(torch.autograd.Function):
     """The transpose of gather; linear, so its own gradient is gather again (a gradient penalty needs that)."""
 
@@ -61,6 +62,7 @@ _border.define(
 )
 
 
+@_border.bound_once
 class Gather(torch.autograd.Function):
     """gather with its gradient: d codebook[g, k] = sum of the gradients of the rows that took code k."""
 

@@ -166,6 +166,7 @@ _border.define(
 )
 
 
+@_border.bound_once
 class MaskedConv(torch.autograd.Function):
     """masked_conv with the gradients of its unmasked rectangles; masked weights get gradient zero."""
 
@@ -299,6 +300,7 @@ _border.define(
 )
 
 
+@_border.bound_once
 class Gate(torch.autograd.Function):
     """gate with one fused backward pass; it saves its input only, not the two activations."""
 

@@ -11,6 +11,7 @@ from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes
 from vqfast.ops.gather import scatter
 from vqfast.ops.hints import SearchHints
+from vqfast.ops.straight_through import difference, straight_through
 
 
 class Quantized(NamedTuple):
@@ -70,45 +71,16 @@ def _backward(ctx, grad_quantized, grad_error, *_):
     """Straight-through into x, and the gradient of the two squared errors, each to its own side."""
     x, codes, indices = ctx.saved_tensors
     grad_x = grad_codebook = None
-    if ctx.needs_input_grad[0] and grad_quantized is not None:
+    if ctx.needs_input_grad[0] and grad_quantized is not None and grad_error is None:
         grad_x = torch.where((indices >= 0)[..., None], grad_quantized, 0) if ctx.masked else grad_quantized
     if grad_error is not None:
-        if ctx.keeps_codebook:
-            codes = _border.call("gather", _backends.choose("gather", None, codes))(codes, indices)
         if ctx.needs_input_grad[0]:
-            rest = difference(x, codes.detach(), indices)  # [B, G, N, D], x - code, 0 at rows that do not count
-            factor = (2 * grad_error[0]).to(rest.dtype)
-            # In place where no graph needs it again: a fresh [B, G, N, D] costs as much as the arithmetic.
-            free = rest if not (torch.is_grad_enabled() or _border.is_traced()) else None
-            if grad_x is None:
-                grad_x = torch.mul(rest, factor, out=free)
-            else:
-                grad_x = torch.addcmul(grad_x.to(rest.dtype), rest, factor, out=free)
-            grad_x = grad_x.to(x.dtype)
+            grad_x = straight_through(grad_quantized, x, codes.detach(), indices, 2 * grad_error[0])
         if ctx.needs_input_grad[1]:
             rest = difference(x.detach(), codes, indices)
             sums = scatter(rest, indices, ctx.codebook_size)
             grad_codebook = (sums * (-2 * grad_error[1]).to(sums.dtype)).to(ctx.codebook_dtype)
     return grad_x, grad_codebook, *(None,) * (ctx.input_count - 2)
-
-
-def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    """x - codes, 0 at rows that are masked or not finite; float32 or wider."""
-    work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
-    rest = x.to(work) - codes.to(work)
-    if _all_count(rest.detach(), indices):
-        return rest
-    low, high = rest.detach().aminmax(dim=-1)  # isfinite().all(-1) would go over the rows five times
-    counts = (indices >= 0) & (low > -torch.inf) & (high < torch.inf)
-    return torch.where(counts[..., None], rest, 0)
-
-
-def _all_count(rest: Tensor, indices: Tensor) -> bool:
-    """True: no row is masked or not finite. False also where looking would cost more than it saves, or may not be done."""
-    if rest.device.type != "cpu" or type(rest) is not Tensor or _border.is_traced():
-        return False
-    # A sum is finite only if all its terms are.
-    return indices.numel() == 0 or (bool(indices.min() >= 0) and bool(rest.sum().isfinite()))
 
 
 _border.define(
@@ -123,6 +95,7 @@ _border.define(
 )
 
 
+@_border.bound_once
 class Quantize(torch.autograd.Function):
     """The quantize op of one backend with its straight-through gradient; the same rules are registered on the op."""
 
@@ -148,11 +121,6 @@ class Step(NamedTuple):
     sums: Tensor  # [G, K, D] float32, or [0]
     counts: Tensor  # [G, K] int64
     nonfinite: Tensor  # [] int64
-
-    def valid(self) -> Tensor:
-        """[B, G, N] bool: rows that are neither masked nor not finite."""
-        indices = self.indices if self.indices.dim() == 3 else self.indices[0]  # all levels of a residual step have one mask
-        return (indices >= 0) & ~self.quantized[..., 0].isnan()
 
 
 def step(x, codebook, mask=None, *, metric=0, with_sums=False, hints=SearchHints(), backend=None) -> Step:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes, quantize
 from vqfast.ops.quantize import Quantized
+from vqfast.ops.straight_through import difference
 
 
 def _fake(x, codebooks, mask, metric, with_sums, with_pull):
@@ -62,7 +63,7 @@ def _sums_of_errors(x: Tensor, codebooks: Tensor, indices: Tensor) -> Tensor:
     rest, sums = x.to(torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)), []
     for codebook, level in zip(codebooks, indices, strict=True):
         codes = gather(codebook, level).to(rest.dtype)
-        sums.append(quantize.scatter(quantize.difference(rest, codes, level), level, codebooks.shape[2]))
+        sums.append(quantize.scatter(difference(rest, codes, level), level, codebooks.shape[2]))
         rest = rest - codes
     return torch.stack(sums)
 
@@ -79,6 +80,7 @@ _border.define(
 )
 
 
+@_border.bound_once
 class Residual(torch.autograd.Function):
     """The residual op of one backend with its gradient; the same rules are registered on the op."""
 

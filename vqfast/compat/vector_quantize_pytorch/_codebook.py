@@ -21,6 +21,7 @@ from vqfast.nn._hints import HintKeeper
 from vqfast.ops import _shapes, quantize
 from vqfast.ops.gather import gather
 from vqfast.ops.nearest import nearest
+from vqfast.ops.straight_through import difference
 
 # Rows that each process offers per step as replacements of dead codes.
 _SLOTS = 1024
@@ -200,8 +201,8 @@ class Codebook(WideState):
         """Error and statistics of rows whose codes were found by other means than the search."""
         error = torch.stack(
             [
-                quantize.difference(rows, quantized.detach(), indices).square().sum(dtype=torch.float64),
-                quantize.difference(rows.detach(), quantized, indices).square().sum(dtype=torch.float64),
+                difference(rows, quantized.detach(), indices).square().sum(dtype=torch.float64),
+                difference(rows.detach(), quantized, indices).square().sum(dtype=torch.float64),
             ]
         )
         return Found(indices, quantized, error, *code_stats(rows.detach(), indices, self.codebook_size))

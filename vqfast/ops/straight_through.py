@@ -1,0 +1,50 @@
+"""straight_through: the gradient of a quantizer step into its rows, in one pass; what backward runs where it is not recorded itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqfast import _backends, _border, reference
+
+_border.define(
+    "straight_through",
+    "(Tensor? grad, Tensor x, Tensor codes, Tensor indices, float factor) -> Tensor",
+    family="straight_through",
+    reference=reference.straight_through,
+    fake=lambda grad, x, codes, indices, factor: torch.empty_like(x),
+)
+
+
+def straight_through(grad: Tensor | None, x: Tensor, codes: Tensor, indices: Tensor, factor: Tensor) -> Tensor:
+    """grad + factor (x - code): the identity, and the pull of an error term towards the codes.
+
+    **Shapes**: grad, x [B, G, N, D]; codes [B, G, N, D] in x's dtype, or a codebook [G, K, D] that is read by index; indices [B, G, N];
+    factor [].
+
+    0 where an index is -1; without the second part in rows where a difference is not finite. grad may be None. The result has x's dtype
+    and layout. Where it is itself differentiated or traced, and on a GPU, it is plain torch.
+    """
+    if _native(x, codes):
+        return _border.call("straight_through", "cpu")(grad, x, codes, indices, float(factor))
+    return reference.straight_through(grad, x, _rows(codes, indices), indices, factor)
+
+
+def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+    """x - code, 0 in rows that are masked or where it is not finite; float32 or wider. Shapes as in `straight_through`."""
+    work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
+    x, codes = x.to(work), codes if codes.dim() == 3 else codes.to(work)
+    if _native(x, codes):
+        return _border.call("straight_through", "cpu")(None, x, codes, indices, 1.0)
+    return reference.where_counted(x - _rows(codes, indices).to(work), indices)
+
+
+def _native(x: Tensor, codes: Tensor) -> bool:
+    recorded = torch.is_grad_enabled() or _border.is_traced()
+    return not recorded and _backends.choose("quantize", None, x, codes) == "cpu"
+
+
+def _rows(codes: Tensor, indices: Tensor) -> Tensor:
+    if codes.dim() == 4:
+        return codes
+    return _border.call("gather", _backends.choose("gather", None, codes))(codes, indices)
