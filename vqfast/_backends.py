@@ -237,6 +237,11 @@ def _forced() -> str | None:
     return backend
 
 
+def runs_on_cpu(family: str, *tensors: torch.Tensor) -> bool:
+    """Whether the native CPU backend runs an op of `family` that has no other: it can, and no other backend is asked for."""
+    return _forced() in (None, "cpu") and not reasons(family, "cpu", *tensors)
+
+
 def _check_name(backend: str, source: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{source}: backend {backend!r} is not known; use one of {', '.join(BACKENDS)}.")

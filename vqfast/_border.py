@@ -19,6 +19,7 @@ METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 _library = torch.library.Library("vqfast", "DEF")
 _ops: dict[str, dict[str, Callable]] = {}
 _families: dict[str, list[str]] = {}
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # autograd's is_grads_batched, which is no transform of torch.func
 
 
 def is_traced() -> bool:
@@ -30,6 +31,7 @@ def is_traced() -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
     )
 
 

@@ -251,17 +251,17 @@ def quantize(
 
 
 def straight_through(grad: Tensor | None, x: Tensor, codes: Tensor, indices: Tensor, factor) -> Tensor:
-    """grad + factor (x - code), [B, G, N, D] in x's dtype and layout, from rows or a codebook of codes; see vqfast.ops.straight_through.
+    """grad + factor (x - code), [B, G, N, D] in x's dtype, from rows or a codebook of codes; see vqfast.ops.straight_through.
 
     Plain torch, so that it has a gradient of its own.
     """
     rows = codes if codes.dim() == 4 else gather(codes, indices)
     work = torch.promote_types(torch.promote_types(x.dtype, codes.dtype), torch.float32)
     pull = where_counted(x.to(work) - rows.to(work), indices)
-    factor = torch.as_tensor(factor, dtype=work, device=x.device)
-    if grad is None:
-        return laid_out_like(x, pull * factor)
-    return laid_out_like(x, torch.addcmul(torch.where((indices >= 0)[..., None], grad, 0).to(work), pull, factor))
+    pull = pull * torch.as_tensor(factor, dtype=work, device=x.device)
+    if grad is not None:  # no addcmul, which may round once where the native op rounds twice
+        pull = torch.where((indices >= 0)[..., None], grad, 0).to(work) + pull
+    return pull.to(x.dtype)
 
 
 def where_counted(rest: Tensor, indices: Tensor) -> Tensor:

@@ -155,10 +155,11 @@ void pull_group(const View& x, const View* grad, const View* written, const Rows
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / blocks, first = i % blocks * kRowsTogether;
       const auto at = [&](const auto& v) { return static_cast<const T*>(v.data) + place(v, b, g, first); };
-      const Block<type> block = {at(x), grad ? at(*grad) : nullptr, written ? at(*written) : nullptr,
-                                 static_cast<T*>(out.data) + place(out, b, g, first), indices + (b * groups + g) * n + first, codebook,
-                                 std::min(kRowsTogether, n - first), n - first - kRowsTogether, dim, x.stride + 2, grad ? grad->stride + 2 : nullptr,
-                                 written ? written->stride + 2 : nullptr, out.stride + 2, factor};
+      T* to = static_cast<T*>(out.data) + place(out, b, g, first);
+      const int64_t rows = std::min(kRowsTogether, n - first), more = n - first - rows;
+      const Block<type> block = {at(x), grad ? at(*grad) : nullptr, written ? at(*written) : nullptr, to,
+                                 indices + (b * groups + g) * n + first, codebook, rows, more, dim, x.stride + 2,
+                                 grad ? grad->stride + 2 : nullptr, written ? written->stride + 2 : nullptr, out.stride + 2, factor};
       if (!(rows_lie ? block.by_rows() : columns_lie && block.by_columns(zeros.data()))) block.with_care();
     }
   });

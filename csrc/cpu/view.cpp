@@ -22,6 +22,11 @@ void widen_rows(const View& v, int64_t b, int64_t g, int64_t begin, int64_t end,
       for (int64_t d = 0; d < dim; ++d) out[n * dim + d] = Element<type>::widen(from[n * v.stride[2] + d]);
     return;
   }
+  if (v.stride[3] < v.stride[2]) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t d = 0; d < dim; ++d) out[n * dim + d] = Element<type>::widen(from[n * v.stride[2] + d * v.stride[3]]);
+    return;
+  }
   // Rows that lie far apart per coordinate (channels-first) are read along their own axis.
   float tile[4][kRowsTogether];
   for (int64_t n0 = begin; n0 < end; n0 += kRowsTogether) {

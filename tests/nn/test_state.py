@@ -11,7 +11,7 @@ from check import ULP, close, device_of, no_interpreter, put, same, same_bits
 from layers import CODES, DIM, KINDS, codes_of, learned, make, state_of
 
 import vqfast
-from vqfast.nn import VectorQuantizerEMA
+from vqfast.nn import VectorQuantizerEMA, _revival
 
 FAMILY = "quantize"
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -242,6 +242,32 @@ def test_init_codebook_needs_enough_rows(backend, kind):
 
 
 # ---- dead codes and frozen codes ----------------------------------------------------------------------------------
+
+
+def test_candidates_are_rows_that_count():
+    """Not those under a mask, not those that are not finite, nor a rest that has overflowed."""
+    rows = torch.arange(24.0).view(2, 1, 4, 3)
+    indices = torch.zeros(2, 1, 4, dtype=torch.int64)
+    quantized = torch.zeros(2, 1, 4, 3)
+    indices[0, 0, 1], quantized[1, 0, 2], rows[1, 0, 2, 1], rows[1, 0, 3, 0] = -1, torch.nan, torch.nan, torch.inf
+    pool = _revival.candidates(rows, indices, quantized, torch.tensor(7), 64)
+    assert pool.shape == (1, 8, 4)
+    real = pool[0, pool[0, :, 3] == 1, :3]
+    expected = rows.view(8, 3)[[0, 2, 3, 4, 5]]
+    assert torch.equal(real.sort(0).values, expected) and (pool[0, pool[0, :, 3] == 0] == 0).all()
+
+
+def test_nothing_is_done_while_no_code_is_dead(backend, monkeypatch):
+    if torch.device(device_of(backend)).type != "cpu":
+        pytest.skip("a GPU would have to be waited for")
+    layer = make("ema", revive_below=0.5)
+    done = []
+    monkeypatch.setattr(_revival, "replace_dead_", lambda *args: done.append(args) or torch.zeros_like(args[1]))
+    layer(cases.normal(64, DIM, seed=1))
+    assert not done
+    layer.cluster_size[3] = 0.0
+    layer(layer.codebook[:1].repeat(4, 1))
+    assert done
 
 
 def near_and_far():

@@ -5,10 +5,12 @@ import pytest
 import torch
 from check import ULP, close, op, put, same_bits
 
+import vqfast
 from vqfast import _backends, _border
 from vqfast.ops import straight_through
 
 FAMILY = "straight_through"
+BACKENDS = ("reference", "cpu")  # elsewhere it is plain torch
 UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the last rounding; float32 has none of its own
 DTYPE = pytest.mark.parametrize("dtype", UNIT, ids=str)
 pytestmark = pytest.mark.quick
@@ -134,3 +136,48 @@ def test_difference_keeps_float32(dtype, by_rows):
         found = straight_through.difference(x, codes, indices)
     expected = torch.where((indices >= 0)[..., None], x.float() - rows_of(codebook, indices, x).float(), 0.0)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("spoilt", ["none", "nan", "masked", "overflow"])
+def test_the_short_way_to_a_recorded_difference_changes_no_bit(spoilt, monkeypatch):
+    """Where every row counts, nobody looks which do; where one does not, or where a sum of all rows overflows although each counts, one looks."""
+    _, x, codebook, indices = problem()
+    indices.clamp_(min=0)
+    if spoilt == "nan":
+        x[0, 0, 7, 3] = torch.nan
+    if spoilt == "masked":
+        indices[0, 0, 7] = -1
+    if spoilt == "overflow":
+        x[..., 0] = 3e38
+    looked, all_count = [], straight_through._all_count
+    monkeypatch.setattr(straight_through, "_all_count", lambda *args: looked.append(all_count(*args)) or looked[-1])
+    short = straight_through.difference(x.requires_grad_(), codebook, indices)
+    assert short.requires_grad and looked == [spoilt == "none"]
+    monkeypatch.setattr(straight_through, "_all_count", lambda *args: False)
+    same_bits(short, straight_through.difference(x, codebook, indices))
+
+
+@DTYPE
+def test_jacobians_and_batched_gradients(dtype):
+    """torch.func and is_grads_batched run backward under vmap, on channels-first rows too."""
+    x, codebook = cases.normal(2, 4, 3, seed=10).to(dtype).transpose(1, 2), cases.normal(6, 4, seed=11)
+
+    def both(x):
+        out = vqfast.vector_quantize(x, codebook)
+        return out.quantized.float() + out.loss
+
+    jacobian = torch.func.jacrev(both)(x)
+    leaf = x.clone().requires_grad_()
+    out = both(leaf)
+    rows = [torch.autograd.grad(out.flatten()[i], leaf, retain_graph=True)[0] for i in range(out.numel())]
+    close(jacobian.reshape(-1, *x.shape), torch.stack(rows).double(), 4 * UNIT[dtype] + 8 * ULP)
+    batched = torch.autograd.grad(out, leaf, torch.eye(out.numel()).view(-1, *out.shape), is_grads_batched=True)[0]
+    close(batched, torch.stack(rows).double(), 4 * UNIT[dtype] + 8 * ULP)
+
+
+def test_another_backend_that_is_asked_for_later_does_not_stop_backward():
+    x, codebook = cases.normal(5, 4, seed=12).requires_grad_(), cases.normal(6, 4, seed=13)
+    with vqfast.use_backend("triton"):
+        out = vqfast.vector_quantize(x, codebook, backend="cpu" if _backends.cpu_level() else "reference")
+        (out.quantized.sum() + out.loss).backward()
+    assert x.grad is not None

@@ -18,7 +18,7 @@ class Quantized(NamedTuple):
     """The one result of quantizer ops and layers.
 
     Attributes:
-        quantized: codes in x's shape and dtype; gradient: straight-through to x.
+        quantized: codes in x's shape and dtype, and in its memory layout (where that flattens to rows); gradient: straight-through to x.
         indices: int64, -1 where masked.
         loss: codebook_loss + commitment_weight * commitment_loss; what a trainer adds to its own loss.
         commitment_loss: mean over valid rows and D of (x - sg[code])^2; its gradient goes to x.
@@ -115,7 +115,7 @@ class Quantize(torch.autograd.Function):
 class Step(NamedTuple):
     """Raw outputs of the op, canonical shapes; what layers build on."""
 
-    quantized: Tensor  # [B, G, N, D], x's dtype
+    quantized: Tensor  # [B, G, N, D], x's dtype and layout
     sq_error: Tensor  # [2] float64, the same sum twice: gradient to x, gradient to the codebook
     indices: Tensor  # [B, G, N] int64
     sums: Tensor  # [G, K, D] float32, or [0]

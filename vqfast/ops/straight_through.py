@@ -11,7 +11,7 @@ _border.define(
     "straight_through",
     "(Tensor? grad, Tensor x, Tensor codes, Tensor indices, float factor) -> Tensor",
     family="straight_through",
-    reference=reference.straight_through,
+    reference=lambda grad, x, *rest: reference.laid_out_like(x, reference.straight_through(grad, x, *rest)),
     fake=lambda grad, x, codes, indices, factor: torch.empty_like(x),
 )
 
@@ -22,8 +22,8 @@ def straight_through(grad: Tensor | None, x: Tensor, codes: Tensor, indices: Ten
     **Shapes**: grad, x [B, G, N, D]; codes [B, G, N, D] in x's dtype, or a codebook [G, K, D] that is read by index; indices [B, G, N];
     factor [].
 
-    0 where an index is -1; without the second part in rows where a difference is not finite. grad may be None. The result has x's dtype
-    and layout. Where it is itself differentiated or traced, and on a GPU, it is plain torch.
+    0 where an index is -1; without the second part in rows where a difference is not finite. grad may be None. The result has x's dtype.
+    Where it is itself differentiated or traced, and on a GPU, it is plain torch; on the CPU one pass, and the result has x's layout.
     """
     if _native(x, codes):
         return _border.call("straight_through", "cpu")(grad, x, codes, indices, float(factor))
@@ -36,12 +36,21 @@ def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     x, codes = x.to(work), codes if codes.dim() == 3 else codes.to(work)
     if _native(x, codes):
         return _border.call("straight_through", "cpu")(None, x, codes, indices, 1.0)
-    return reference.where_counted(x - _rows(codes, indices).to(work), indices)
+    rest = x - _rows(codes, indices).to(work)
+    return rest if _all_count(rest.detach(), indices) else reference.where_counted(rest, indices)
 
 
 def _native(x: Tensor, codes: Tensor) -> bool:
     recorded = torch.is_grad_enabled() or _border.is_traced()
-    return not recorded and _backends.choose("quantize", None, x, codes) == "cpu"
+    return not recorded and _backends.runs_on_cpu("straight_through", x, codes)
+
+
+def _all_count(rest: Tensor, indices: Tensor) -> bool:
+    """True: no row is masked or not finite. False also where looking would cost more than it saves, or may not be done."""
+    if rest.device.type != "cpu" or type(rest) is not Tensor or _border.is_traced():
+        return False
+    # A sum is finite only if all its terms are.
+    return indices.numel() == 0 or (bool(indices.min() >= 0) and bool(rest.sum().isfinite()))
 
 
 def _rows(codes: Tensor, indices: Tensor) -> Tensor:
