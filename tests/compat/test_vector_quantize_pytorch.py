@@ -216,6 +216,20 @@ def test_the_rotation_trick_at_zero_and_backwards():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rotation_trick_where_channels_come_first(dtype):
+    _, face = libraries()
+    x, q, g = (torch.randn(2, 7, 12).to(dtype).transpose(1, 2) for _ in range(3))
+    x[0, 3] = 0.0
+    gradients = []
+    for lay in (lambda t: t, torch.Tensor.contiguous):
+        leaf = lay(x).detach().requires_grad_()
+        face.vector_quantize_pytorch.rotate_to(leaf, lay(q)).backward(lay(g))
+        gradients.append(leaf.grad)
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    torch.testing.assert_close(*gradients, rtol=64 * unit, atol=64 * unit * gradients[1].abs().max().item())
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", ["default", "cosine", "heads", "heads, separate"])
 def test_the_inner_codebook_is_a_seam_that_others_call(case, train):

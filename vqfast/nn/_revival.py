@@ -16,26 +16,40 @@ def _hash(value: Tensor) -> Tensor:
 
 
 def candidates(rows: Tensor, indices: Tensor, quantized: Tensor, step: Tensor, slots: int) -> Tensor:
-    """Pick up to `slots` valid rows per group, by a hash of (step, position).
+    """Up to `slots` rows per group that count: rows [B, G, N, D] -> a pool [G, slots, D + 1]; the rest as in `pick`."""
+    if min(slots, rows.shape[0] * rows.shape[2]) == 0:
+        return rows.new_zeros(rows.shape[1], 0, rows.shape[3] + 1, dtype=torch.float32)
+    picked, real = pick(indices, quantized, step, slots)
+    return pool_of(at(rows, picked), real)
 
-    rows [B, G, N, D], indices [B, G, N] (-1 = masked), quantized [B, G, N, D] (NaN = not finite), step [] int64 -> [G, slots, D + 1]; the
-    last column is 1 for a real row.
+
+def pick(indices: Tensor, quantized: Tensor, step: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Choose up to `slots` rows per group by a hash of (step, position).
+
+    indices [B, G, N] (-1 = masked), quantized [B, G, N, D] (NaN = not finite), step [] int64 -> their numbers among the B * N of a group,
+    [G, slots], those that count first, and whether they do.
     """
-    batches, groups, per_batch, dim = rows.shape
+    batches, groups, per_batch = indices.shape
     count = batches * per_batch
-    slots = min(slots, count)
-    if slots == 0:
-        return rows.new_zeros(groups, 0, dim + 1, dtype=torch.float32)
     valid = ((indices >= 0) & ~quantized[..., 0].isnan()).transpose(0, 1).reshape(groups, count)
-    position = torch.arange(count, device=rows.device)
+    position = torch.arange(count, device=indices.device)
     order = _hash((position + step * count + 1) * _GOLDEN) >> 1
     order = torch.where(valid, order, torch.iinfo(torch.int64).max)
-    picked = order.topk(slots, dim=-1, largest=False).indices  # [G, slots]
-    group = torch.arange(groups, device=rows.device)[:, None]
-    chosen = rows[picked // per_batch, group, picked % per_batch].to(torch.float32)
-    # A rest of rows that are finite may have overflowed.
-    real = valid.gather(1, picked) & chosen.isfinite().all(-1)
-    return torch.cat((torch.where(real[..., None], chosen, 0), real[..., None].to(torch.float32)), -1)
+    picked = order.topk(min(slots, count), dim=-1, largest=False).indices
+    return picked, valid.gather(1, picked)
+
+
+def at(rows: Tensor, picked: Tensor) -> Tensor:
+    """Rows [B, G, N, ...] of the numbers that `pick` gave, [G, slots, ...]."""
+    group = torch.arange(rows.shape[1], device=rows.device)[:, None]
+    return rows[picked // rows.shape[2], group, picked % rows.shape[2]]
+
+
+def pool_of(rows: Tensor, real: Tensor) -> Tensor:
+    """rows [G, slots, D], real [G, slots] -> [G, slots, D + 1] float32; the last column is 1 for a real row."""
+    rows = rows.to(torch.float32)
+    real = (real & rows.isfinite().all(-1))[..., None]  # a rest of finite rows may have overflowed
+    return torch.cat((torch.where(real, rows, 0), real.to(torch.float32)), -1)
 
 
 def replace_dead_(codebook: Tensor, dead: Tensor, pool: Tensor) -> Tensor:

@@ -98,13 +98,15 @@ class ResidualVectorQuantizer(VectorQuantizerEMA):
 
     def _candidates(self, rows: Tensor, step: quantize.Step) -> Tensor:
         """Rows of what each level had to quantize: a dead code of level q is replaced by a rest r_q."""
-        if not self._slots():
+        if min(self._slots(), rows.shape[0] * rows.shape[2]) == 0:
             return rows.new_zeros(self.num_quantizers, 0, rows.shape[-1] + 1, dtype=torch.float32)
-        pools, rest = [], rows.to(torch.float32)
+        picked, real = _revival.pick(step.indices[0], step.quantized, self.updates, self._slots())
+        pools, rest = [], _revival.at(rows, picked).to(torch.float32)  # [1, slots, D]
         for level in range(self.num_quantizers):
-            pools.append(_revival.candidates(rest, step.indices[0], step.quantized, self.updates, self._slots()))
+            pools.append(_revival.pool_of(rest, real))
             if level < len(step.indices):
-                rest = rest - gather(self.codebook[level][None], step.indices[level], validate=False)
+                chosen = _revival.at(step.indices[level], picked)[None]
+                rest = rest - gather(self.codebook[level][None], chosen, validate=False)[0]
         return torch.cat(pools)
 
     @torch.no_grad()

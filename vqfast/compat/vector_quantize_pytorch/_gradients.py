@@ -57,13 +57,22 @@ class RotateTo(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         source, target = (t.detach() for t in ctx.saved_tensors)
-        length = source.norm(dim=-1, keepdim=True).clamp(min=_EPS)
-        scale = target.norm(dim=-1, keepdim=True) / length
-        u, q = source / length, l2norm(target)
-        w = l2norm(u + q)
+        length, goal = _length(source).clamp(min=_EPS), _length(target)
+        scale = goal / length
+        u, q = source / length, target / goal.clamp(min=_EPS)
+        w = u + q
+        w = w / _length(w).clamp(min=_EPS)
         along_w = (w * grad).sum(-1, keepdim=True)
         along_q = (q * grad).sum(-1, keepdim=True)
         return (scale * (grad - 2 * along_w * w + 2 * along_q * u)).to(grad.dtype), None
+
+
+def _length(t: Tensor) -> Tensor:
+    if t.stride(-1) == 1:
+        return t.norm(dim=-1, keepdim=True)
+    # Where the channels come first, norm() takes twenty times as long as this.
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    return wide.square().sum(-1, keepdim=True).sqrt().to(t.dtype)
 
 
 def straight_through(source: Tensor, target: Tensor) -> Tensor:
