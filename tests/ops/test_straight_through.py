@@ -108,6 +108,14 @@ def test_an_index_out_of_range_reads_nothing_on_cpu(wrong):
         op("straight_through", "cpu")(grad, x, codebook, indices, 1.0)
 
 
+@pytest.mark.parametrize("by_rows", [False, True], ids=["codebook", "rows"])
+def test_opcheck(backend, by_rows):
+    grad, x, codebook, indices = problem(n=12)
+    codes = torch.empty_like(x).copy_(x.flip(2)) if by_rows else codebook
+    torch.library.opcheck(op("straight_through", backend), (grad, x, codes, indices, 0.5))
+    torch.library.opcheck(op("straight_through", backend), (None, x.contiguous(), codes.contiguous(), indices, 0.5))
+
+
 def test_no_rows(backend):
     grad, x, codebook, indices = problem(n=0)
     assert op("straight_through", backend)(*put(backend, grad, x, codebook, indices), 1.0).shape == x.shape
