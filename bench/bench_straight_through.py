@@ -29,9 +29,9 @@ def laid_out(rows: torch.Tensor, layout: str) -> torch.Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3) if channels_first else x
 
 
-@over(SHAPES, [(layout, method) for layout in LAYOUTS for method in ("vqfast", "torch", "copy")])
+@over(SHAPES, [f"{method}: {layout}" for layout in LAYOUTS for method in ("vqfast", "torch", "copy")])
 def bench_straight_through(benchmark, shape, method):
-    layout, method = method
+    method, layout = method.split(": ")
     rows, codebook = shape.load()
     x, grad = laid_out(rows, layout), laid_out(rows.flip(0), layout)
     indices = vqfast.nearest(x, codebook).indices

@@ -23,7 +23,7 @@ _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # autograd's is_grads_bat
 
 
 def is_traced() -> bool:
-    """Whether what runs now may become part of a graph or of a transform (compile, export, vmap, grad): then no value may be looked at,
+    """Whether what runs now may become part of a graph or of a transform (compile, export, vmap, grad, dual numbers): then no value may be looked at,
     and nothing that is kept would be real.
     """
     return (
@@ -32,6 +32,7 @@ def is_traced() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

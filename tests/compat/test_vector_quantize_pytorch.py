@@ -227,7 +227,8 @@ def test_the_rotation_trick_where_channels_come_first(dtype):
         face.vector_quantize_pytorch.rotate_to(leaf, lay(q)).backward(lay(g))
         gradients.append(leaf.grad)
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
-    torch.testing.assert_close(*gradients, rtol=64 * unit, atol=64 * unit * gradients[1].abs().max().item())
+    for first, rows in zip(*(t.flatten(0, 1) for t in gradients), strict=True):  # the zero row's is a million times as long
+        torch.testing.assert_close(first, rows, rtol=0, atol=16 * unit * rows.abs().max().item())
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

@@ -298,3 +298,12 @@ def test_decay_out_of_range_raises(backend, decay):
     sums, counts = statistics()
     with pytest.raises(ValueError, match="decay"):
         apply(backend, fresh_state(), sums[0], counts[0], decay=decay)
+
+
+def test_float64_rows_move_a_float32_codebook():
+    """Nobody asks for a backend here: rows in float64 are summed on the reference one, which then moves the codebook too."""
+    layer = vqfast.nn.VectorQuantizerEMA(8, 16)
+    before = layer.codebook.clone()
+    out = layer(cases.normal(2, 9, 8, seed=30).double())
+    assert out.quantized.dtype == torch.float64 and layer.codebook.dtype == torch.float32
+    assert not torch.equal(layer.codebook, before) and layer.codebook.isfinite().all()

@@ -132,7 +132,7 @@ def ema_update_(
             raise TypeError(f"{name} is {_shapes.describe(tensor)}; the state must be contiguous float32 or float64.")
     state = [t if codebook.dim() == 3 else t[None] for t in (codebook, cluster_size, cluster_sum, sums, counts)]
     frozen = frozen if frozen is None or codebook.dim() == 3 else frozen[None]
-    chosen = _backends.choose("ema", backend, *state[:3])
+    chosen = _backends.choose("ema", backend, *state[:4])
     _border.call("ema_update_", chosen)(*(t.detach() for t in state), frozen, decay, eps)
     if not torch.compiler.is_compiling():
         # Native kernels write unseen by autograd: a codebook saved for backward must not pass for unchanged.
