@@ -31,5 +31,5 @@ def residual_triton(
             pull += torch.where(valid, rest, 0)
     sq_error, indices, sums, counts, nonfinite = zip(*levels)
     sums = torch.stack(sums) if with_sums else sums[0]
-    quantized = torch.empty_like(x).copy_(total)  # in the layout of x
+    quantized = total.to(x.dtype) if x.is_contiguous() else torch.empty_like(x).copy_(total)  # in the layout of x
     return quantized, torch.stack(sq_error).sum(0), torch.stack(indices), sums, torch.stack(counts), nonfinite[0], pull

@@ -86,16 +86,7 @@ struct Block {
     bool fine = true;
     for (int64_t r = 0; r < rows && !written; ++r) from[r] = index[r] < 0 ? zeros : codebook->row(index[r]);
     for (int64_t d = 0; d < dim && fine; ++d) {
-      const int64_t some = std::min<int64_t>(4, dim - d / 4 * 4);
-      for (int64_t r = 0; d % 4 == 0 && r < rows && !written;) {
-        if (some == 4 && r + 4 <= rows) {
-          turn_around({from[r] + d, from[r + 1] + d, from[r + 2] + d, from[r + 3] + d}, tile[0] + r, kRowsTogether);
-          r += 4;
-        } else {
-          for (int64_t j = 0; j < some; ++j) tile[j][r] = from[r][d + j];
-          ++r;
-        }
-      }
+      if (!written && d % 4 == 0) columns_of(from, rows, d, dim, tile);
       const T *column = x + d * x_stride[1], *through = grad ? grad + d * grad_stride[1] : nullptr;
       T* to = out + d * out_stride[1];
       if (more >= kRowsTogether) {

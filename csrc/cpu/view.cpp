@@ -13,6 +13,21 @@
 namespace vqfast {
 namespace {
 
+// Four values of each of four vectors, turned around: value j of vector i goes to to[j * ld + i].
+void turn_around(const float* const (&from)[4], float* to, int64_t ld) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(from[0]), b = _mm_loadu_ps(from[1]), c = _mm_loadu_ps(from[2]), d = _mm_loadu_ps(from[3]);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + ld, b);
+  _mm_storeu_ps(to + 2 * ld, c);
+  _mm_storeu_ps(to + 3 * ld, d);
+#else
+  for (int64_t j = 0; j < 4; ++j)
+    for (int64_t i = 0; i < 4; ++i) to[j * ld + i] = from[i][j];
+#endif
+}
+
 template <Type type>
 void widen_rows(const View& v, int64_t b, int64_t g, int64_t begin, int64_t end, float* out, int64_t dim) {
   using T = typename Element<type>::T;
@@ -64,34 +79,24 @@ void narrow_rows(const Target& v, void* first, const float* const* rows, int64_t
   }
   float tile[4][kRowsTogether];
   for (int64_t d = 0; d < dim; d += 4) {
-    const int64_t some = std::min<int64_t>(4, dim - d);
-    int64_t i = 0;
-    for (; some == 4 && i + 4 <= n; i += 4)
-      turn_around({rows[i] + d, rows[i + 1] + d, rows[i + 2] + d, rows[i + 3] + d}, tile[0] + i, kRowsTogether);
-    for (; i < n; ++i)
-      for (int64_t j = 0; j < some; ++j) tile[j][i] = rows[i][d + j];
-    for (int64_t j = 0; j < some; ++j) {
+    columns_of(rows, n, d, dim, tile);
+    for (int64_t j = 0; j < std::min<int64_t>(4, dim - d); ++j) {
       T* at = to + (d + j) * v.stride[3];
       if (more >= kRowsTogether) fetch_next<1>(at);
-      for (i = 0; i < n; ++i) at[i] = Element<type>::narrow(tile[j][i]);
+      for (int64_t i = 0; i < n; ++i) at[i] = Element<type>::narrow(tile[j][i]);
     }
   }
 }
 
 }  // namespace
 
-void turn_around(const float* const (&from)[4], float* to, int64_t ld) {
-#if defined(__SSE2__)
-  __m128 a = _mm_loadu_ps(from[0]), b = _mm_loadu_ps(from[1]), c = _mm_loadu_ps(from[2]), d = _mm_loadu_ps(from[3]);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a);
-  _mm_storeu_ps(to + ld, b);
-  _mm_storeu_ps(to + 2 * ld, c);
-  _mm_storeu_ps(to + 3 * ld, d);
-#else
-  for (int64_t j = 0; j < 4; ++j)
-    for (int64_t i = 0; i < 4; ++i) to[j * ld + i] = from[i][j];
-#endif
+void columns_of(const float* const* rows, int64_t n, int64_t d, int64_t dim, float (*columns)[kRowsTogether]) {
+  const int64_t some = std::min<int64_t>(4, dim - d);
+  int64_t i = 0;
+  for (; some == 4 && i + 4 <= n; i += 4)
+    turn_around({rows[i] + d, rows[i + 1] + d, rows[i + 2] + d, rows[i + 3] + d}, columns[0] + i, kRowsTogether);
+  for (; i < n; ++i)
+    for (int64_t j = 0; j < some; ++j) columns[j][i] = rows[i][d + j];
 }
 
 Rows rows_of_group(const View& v, int64_t group, const Parallel& parallel) {

@@ -65,8 +65,10 @@ using AlignedInts = std::unique_ptr<int32_t[], AlignedDelete>;
 inline AlignedFloats aligned_floats(int64_t n) { return AlignedFloats(new (std::align_val_t(64)) float[n]); }
 inline AlignedInts aligned_ints(int64_t n) { return AlignedInts(new (std::align_val_t(64)) int32_t[n]); }
 
-// Four values of each of four vectors, turned around: value j of vector i goes to to[j * ld + i].
-void turn_around(const float* const (&from)[4], float* to, int64_t ld);
+constexpr int64_t kRowsTogether = 64;  // that are turned around together: whole cache lines of each coordinate
+
+// Coordinates d..d + 3, or up to the last one, of n rows [dim] as columns; n <= kRowsTogether.
+void columns_of(const float* const* rows, int64_t n, int64_t d, int64_t dim, float (*columns)[kRowsTogether]);
 
 // Rows [count, dim] of one group as floats: the input itself where it already lies so, else a widened copy.
 struct Rows {
@@ -80,8 +82,6 @@ struct Rows {
 };
 
 Rows rows_of_group(const View& view, int64_t group, const Parallel& parallel);
-
-constexpr int64_t kRowsTogether = 64;  // that are turned around together: whole cache lines of each coordinate
 
 // Writes rows of one group in ascending order, each rounded to the target's type. A few wait until they can be written together: where
 // rows lie column by column (channels-first) one alone would touch a cache line for each of its values. What waits must stay as it is.

@@ -24,6 +24,8 @@ def straight_through(grad: Tensor | None, x: Tensor, codes: Tensor, indices: Ten
 
     0 where an index is -1; without the second part in rows where a difference is not finite. grad may be None. The result has x's dtype.
     Where it is itself differentiated or traced, and on a GPU, it is plain torch; on the CPU one pass, and the result has x's layout.
+
+    Source: van den Oord et al. 2017, section 3.2 (straight-through) and eq. 3 (the error terms).
     """
     if _native(x, codes):
         return _border.call("straight_through", "cpu")(grad, x, codes, indices, float(factor))
