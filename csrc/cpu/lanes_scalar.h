@@ -21,6 +21,7 @@ inline V set(float a) { return V{a, a, a, a}; }
 inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline V fnma(V a, V b, V c) { return c - a * b; }
 inline V root(V a) {

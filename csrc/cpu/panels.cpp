@@ -54,7 +54,7 @@ struct Box {
   typedef int16_t Places __attribute__((vector_size(32)));
   Places low, high;
   Box() {
-    for (int j = 0; j < 16; ++j) low[j] = kGrid, high[j] = -kGrid;
+    for (int j = 0; j < 16; ++j) low[j] = INT16_MAX, high[j] = INT16_MIN;
   }
   void add(const Places& least, const Places& greatest) {
     low = low < least ? low : least;
@@ -241,7 +241,7 @@ PanelBuild::PanelBuild(const Codes& codes, const Hints& hints, const Parallel& p
 }
 
 // Codes within reach that tell what all are like. The grid spans them and a little more, but for a few that lie far out: what is outside
-// is clamped to it, which brings points closer, never apart.
+// is drawn in to it, which brings points closer, never apart.
 std::vector<const float*> PanelBuild::sample_codes(const Codes& codes, double* total) {
   const int64_t dim = codes.work().dim, k = (int64_t)codes.searched().size();
   const int64_t n = std::min(k, std::max(kBasisSampleLeast, std::min(kBasisSample, k / 4)));
@@ -323,10 +323,10 @@ void PanelBuild::find_allowances(const Codes& codes) {
   const int64_t dim = plan.dim;
   const int directions = plan.coordinates - 1;
   const double ops = kernels().ops_per_term, defect = orthonormality_defect(basis_.get(), directions, dim);
-  const double per_sum = ops * (dim + 8) * kUnitRoundoff;                  // of a projection: one term after the other
+  const double per_sum = (ops * (std::min<int64_t>(dim, kProjected) + 8) + dim / kProjected + 1) * kUnitRoundoff;  // of a projection
   const double projection = sqrt((double)directions) * (per_sum + 2 * kUnitRoundoff) * 1.1;
   plan.rest_rel = (float)(2 * projection + projection * projection + 4 * defect + 2 * per_sum + 4 * directions * kUnitRoundoff);
-  plan.rounding = 2 * 0.503f * sqrtf((float)(directions + 1));
+  plan.rounding = 2 * 0.51f * sqrtf((float)(directions + 1));
   plan.codes = codes.work().data;
   plan.ld = codes.work().ld;
   plan.row_rel = (float)(2 * projection + projection * projection + 3 * defect + 2 * per_sum +

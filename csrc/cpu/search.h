@@ -9,7 +9,8 @@ constexpr int kPanel = 32;       // codes per panel: two AVX-512 vectors
 constexpr int kPanelGroup = 16;  // panels whose boxes are tested together: one AVX-512 vector
 constexpr int kFirstPanels = 4;  // that follow one another in the tree, in which a row's first bound is looked for
 constexpr int kMaxCoordinates = 12;   // coordinates of a point: principal ones, and the norm of the rest
-constexpr int kGrid = 6600;      // coordinates are integers of -kGrid..kGrid: 12 (2 kGrid)^2 < 2^31
+constexpr int kProjected = 64;    // dimensions that a coordinate is summed over in one go, a multiple of every vector
+constexpr int kGrid = 16380;     // points lie this many steps from the origin at most: the difference of two coordinates is an int16
 constexpr int kLeastByteDim = 18;  // with fewer dimensions, bounding a code costs the byte search more than its products save
 constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMostTileRows = 16;  // rows of a tile of any level, and lanes of a vector
@@ -76,8 +77,8 @@ struct ByteRow {           // a row in steps
   float length, error;     // |the steps|, and their distance from the row
 };
 
-// Codes in panels by a k-d order of their principal coordinates: the pruned road. Coordinates are integers in units of a grid, clamped
-// to it, in pairs of int16 that share an int32.
+// Codes in panels by a k-d order of their principal coordinates: the pruned road. Coordinates are integers in units of a grid, no point
+// more than kGrid from the origin, in pairs of int16 that share an int32.
 struct PanelPlan {
   const int32_t* panels;   // [P, pairs, 32] negated coordinates: principal ones and the norm of the rest
   const int32_t* start;    // [P, 32] half their square, rounded down; INT32_MAX for padding

@@ -218,9 +218,14 @@ template <int kCoordinates>
 inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, int n, PanelQuery* out) {
   const float* row[W];
   for (int r = 0; r < W; ++r) row[r] = rows + (r < n ? r : n - 1) * ld;
-  V at[kCoordinates];  // the last one is the square
-  for (int j = 0; j < kCoordinates; ++j) at[j] = set(0);
+  // The last one is the square. No sum runs over more than kProjected dimensions, so that its allowance does not weaken the screen.
+  V at[kCoordinates], total[kCoordinates];
+  for (int j = 0; j < kCoordinates; ++j) at[j] = total[j] = set(0);
+  const auto add_up = [&] {
+    for (int j = 0; j < kCoordinates; ++j) total[j] = add(total[j], at[j]), at[j] = set(0);
+  };
   const auto block = [&](int64_t d, int count, auto read) {
+    if (d > 0 && d % kProjected == 0) add_up();
     const V centre = read(plan.centre + d);
     V x[W];
 #pragma GCC unroll 16
@@ -243,21 +248,25 @@ inline void project_rows(const PanelPlan& plan, const float* rows, int64_t ld, i
   int64_t d = 0;
   for (; d + W <= plan.dim; d += W) block(d, W, [](const float* p) { return load(p); });
   if (d < plan.dim) block(d, (int)(plan.dim - d), [n = (int)(plan.dim - d)](const float* p) { return load_part(p, n); });
+  if (plan.dim > kProjected) {
+    add_up();
+    for (int j = 0; j < kCoordinates; ++j) at[j] = total[j];
+  }
   V kept = set(0);
   for (int j = 0; j < kCoordinates - 1; ++j) kept = fma(at[j], at[j], kept);
   const V norm = at[kCoordinates - 1], rest = max(sub(mul(norm, set(1.0f + plan.rest_rel)), kept), set(0));
   const V length = at[kCoordinates - 1] = mul(root(rest), set(1.0f + 5e-7f));
   const V excess = max(sub(fma(length, length, kept), norm), set(0));
 
-  const V most = set((float)kGrid), least = set(-(float)kGrid), scale = set(plan.per_unit);
+  // What lies farther out is drawn in to the ball that points are held in.
+  const V scale = min(div(set((float)kGrid), root(add(kept, rest))), set(plan.per_unit));
   constexpr int kFields = sizeof(PanelQuery) / 4, kWords = kMaxCoordinates / 2;  // words of a point, and those of its coordinates
   static_assert(__builtin_offsetof(PanelQuery, norm) == 4 * kWords && __builtin_offsetof(PanelQuery, excess) == 4 * kWords + 4,
                 "coordinates, norm and excess");
   V field[kFields + W];
   for (int j = 0; j < kFields + W; ++j) field[j] = set(0);
   for (int j = 0; j < kCoordinates; j += 2) {
-    const V low = max(min(mul(at[j], scale), most), least), high = max(min(mul(at[j + 1], scale), most), least);
-    field[j / 2] = as_floats(pair_up(to_steps(low), to_steps(high)));
+    field[j / 2] = as_floats(pair_up(to_steps(mul(at[j], scale)), to_steps(mul(at[j + 1], scale))));
   }
   field[kWords] = norm;
   field[kWords + 1] = excess;

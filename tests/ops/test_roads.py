@@ -159,6 +159,22 @@ def test_wide_rows_on_the_pruned_road_on_cpu(metric, dim, offset):
         assert found.evaluations < 0.2 * len(x) * len(codebook)
 
 
+@pytest.mark.parametrize("factor", [3.0, 30.0, 1e4], ids="{:g}".format)
+@pytest.mark.parametrize("dim", [16, 64, 200], ids="D{}".format)
+@pytest.mark.parametrize("metric", METRICS)
+def test_points_outside_of_the_grid_on_cpu(metric, dim, factor):
+    """A grid made for ordinary codes: some rows and codes lie far outside, in pairs with neighbours one ulp away, and on one ray."""
+    spread = torch.logspace(0, -1.5, 12)
+    turn = cases.normal(12, dim, seed=dim)
+    codebook, x = ((cases.normal(n, 12, seed=n) * spread) @ turn for n in (1030, 400))
+    at = torch.arange(3, 1030, 32)  # between the codes that the grid is made from
+    codebook[at] *= factor
+    codebook[at + 1] = codebook[at].nextafter(codebook[at] + 1)
+    codebook[at[:8]] = codebook[at[0]] * torch.linspace(1, 2, 8)[:, None]
+    x = torch.cat([x, codebook[at] * 1.0001, codebook[at + 1], factor * x[:40], codebook[at[0]] * torch.linspace(0, 3, 50)[:, None]])
+    assert verify(x, codebook, metric, "panels").road == "panels"
+
+
 def in_bytes() -> bool:
     return _backends.cpu_level() == "avx512vnni"
 
