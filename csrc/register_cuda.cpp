@@ -219,6 +219,8 @@ void ema_update_cuda_(const Tensor& codebook, const Tensor& cluster_size, const 
   p.sums = plain_sums.const_data_ptr(), p.sums_dtype = float_or_double(sums), p.counts = static_cast<const i64*>(plain_counts.const_data_ptr());
   p.frozen = frozen ? static_cast<const unsigned char*>(plain_frozen.const_data_ptr()) : nullptr;
   p.decay = decay, p.eps = eps;
+  const Tensor any_row = new_tensor(codebook, {p.groups}, ScalarType::Int);
+  p.any_row = static_cast<int*>(any_row.mutable_data_ptr());
   vq::ema_update(p, device.stream());
   check_launches("ema_update_cuda_");
 }

@@ -77,7 +77,9 @@ def directions(single: Tensor, codes: int, dim: int) -> Directions:
     sample = single[:, :codes:step, :dim]
     # Codes far longer than the others would take all directions for themselves: they count as twice the median length.
     length = sample.norm(dim=2, keepdim=True)
-    sample = sample * (2.0 * length.median(dim=1, keepdim=True).values / length.clamp_min(1e-30)).clamp(max=1.0)
+    # Sorted: median() has no deterministic form on a GPU.
+    middle = length.sort(dim=1).values[:, (length.shape[1] - 1) // 2, None]
+    sample = sample * (2.0 * middle / length.clamp_min(1e-30)).clamp(max=1.0)
     start = sample[:, :: max(1, sample.shape[1] // ROW)][:, :ROW]
     matrix = torch.zeros((len(single), ROW, dim), dtype=torch.float32, device=single.device)
     matrix[:, : start.shape[1]] = start

@@ -188,11 +188,11 @@ def _update_kernel(
     take = tl.where(has_row, gain, 0.0)
     size = tl.load(cluster_size + at, mask=inside, other=1.0) * keep
     size = size + tl.load(counts + at, mask=inside, other=0).to(tl.float32) * take
-    tl.store(cluster_size + at, size, mask=inside)
     moves = inside & has_row & (size >= eps)
     if FROZEN:
         moves = moves & (tl.load(frozen + at, mask=inside, other=1) == 0)
     divisor = tl.maximum(size, eps)
+    counts_in = inside  # a sum that overflows keeps all of the code's state
     for start in range(0, D, BLOCK_D):  # a mean that overflows keeps the whole code
         ds = start + tl.arange(0, BLOCK_D)
         some = inside[:, None] & (ds < D)[None, :]
@@ -201,6 +201,8 @@ def _update_kernel(
         total = total + tl.load(sums + where, mask=some, other=0.0) * take
         mean = tl.math.div_rn(total, tl.broadcast_to(divisor[:, None], [BLOCK, BLOCK_D]))
         moves = moves & (tl.sum((~(tl.abs(mean) < float("inf"))).to(tl.int32), 1) == 0)
+        counts_in = counts_in & (tl.sum((~(tl.abs(total) < float("inf"))).to(tl.int32), 1) == 0)
+    tl.store(cluster_size + at, size, mask=counts_in)
     for start in range(0, D, BLOCK_D):
         ds = start + tl.arange(0, BLOCK_D)
         some = inside[:, None] & (ds < D)[None, :]
@@ -208,7 +210,7 @@ def _update_kernel(
         total = tl.load(cluster_sum + where, mask=some, other=0.0) * keep
         total = total + tl.load(sums + where, mask=some, other=0.0) * take
         mean = tl.math.div_rn(total, tl.broadcast_to(divisor[:, None], [BLOCK, BLOCK_D]))
-        tl.store(cluster_sum + where, total, mask=some)
+        tl.store(cluster_sum + where, total, mask=some & counts_in[:, None])
         tl.store(codebook + where, mean, mask=some & moves[:, None])
 
 

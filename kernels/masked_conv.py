@@ -189,7 +189,7 @@ def _conv(packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shap
     padded[:, : weight.shape[1], :n] = weight
     pitch = cdiv(h * w, PITCH) * PITCH
     _conv_kernel[(cdiv(b * pitch, tile["BLOCK_M"]), columns // tile["BLOCK_N"])](
-        packed, padded, out if bias is None else bias, out, w, h * w, pitch, packed.shape[1], b, packed.shape[3], n, columns,
+        packed, padded, out if bias is None else bias.contiguous(), out, w, h * w, pitch, packed.shape[1], b, packed.shape[3], n, columns,
         shape.dilation, TAPS=shape.taps, UP=shape.up, KW=shape.width, REVERSED=reversed_taps, BIAS=bias is not None, **tile,
     )  # fmt: skip
 

@@ -201,17 +201,21 @@ def ema_update_(
 ) -> None:
     """Move the running sizes and sums towards this step's, and the codebook to their ratio, in place.
 
-    A code whose size falls under eps, and a frozen code, keep their value. A group without any row changes nothing.
+    A code whose size falls under eps, and a frozen code, keep their value. A group without any row changes nothing, nor does a step
+    change anything of a code whose sum would not be finite.
     """
     any_row = counts.sum(-1, keepdim=True) > 0  # [G, 1]
     # Both factors are rounded from double: 1 - decay taken in float32 would be off by percents for a decay near 1.
     keep = torch.where(any_row, torch.tensor(decay, dtype=torch.float64, device=counts.device), 1.0)
     keep, take = keep.to(cluster_size.dtype), (1.0 - keep).to(cluster_size.dtype)
-    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * take)
-    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * take[..., None])
+    total = cluster_sum * keep[..., None] + sums.to(cluster_sum.dtype) * take[..., None]
+    counts_in = total.isfinite().all(-1)
+    size = cluster_size * keep + counts.to(cluster_size.dtype) * take
+    cluster_size.copy_(torch.where(counts_in, size, cluster_size))
+    cluster_sum.copy_(torch.where(counts_in[..., None], total, cluster_sum))
     mean = cluster_sum / cluster_size.clamp(min=eps)[..., None]
     # A mean that overflowed would turn a finite code into a non-finite one: such a code also keeps its value.
-    moves = (any_row & (cluster_size >= eps))[..., None] & mean.isfinite().all(-1, keepdim=True)
+    moves = (any_row & counts_in & (cluster_size >= eps))[..., None] & mean.isfinite().all(-1, keepdim=True)
     if frozen is not None:
         moves = moves & ~frozen[..., None]
     codebook.copy_(torch.where(moves, mean, codebook))
@@ -236,9 +240,11 @@ def quantize(
     finite = ~distance.isnan()
     valid = finite if mask is None else finite & mask[:, None, :]
     difference = torch.where(valid[..., None], x.to(torch.float64) - quantized.to(torch.float64), 0.0)
-    # A running sum over rows: its bits do not depend on how many threads share the work.
     row_error = torch.nn.functional.pad(difference.square().sum(-1).flatten(), (1, 0))
-    sq_error = row_error.cumsum(0)[-1].expand(2).contiguous()
+    # A running sum over rows: its bits do not depend on how many threads share the work. On a GPU those of sum() do not either, and
+    # those of cumsum() do.
+    total = row_error.cumsum(0)[-1] if row_error.device.type == "cpu" else row_error.sum()
+    sq_error = total.expand(2).contiguous()
     quantized = torch.where(finite[..., None], quantized.to(x.dtype), torch.nan)
     nonfinite = (~finite if mask is None else ~finite & mask[:, None, :]).sum()
     if mask is not None:

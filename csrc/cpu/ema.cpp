@@ -79,6 +79,7 @@ bool sum_block(const Rows& rows, const Sorted& sorted, int64_t from, int64_t to,
 
 // Adds up what lies on both sides of the borders of blocks. False when a sum is not finite.
 bool join_edges(std::vector<Edge>& head, std::vector<Edge>& tail, int64_t dim, float* sums) {
+  FloatMode mode;
   Edge open;
   bool finite = true;
   auto close = [&] {
@@ -143,14 +144,17 @@ void ema_update(float* codebook, float* cluster_size, float* cluster_sum, const 
   int64_t rows = 0;
   for (int64_t c = 0; c < codes; ++c) rows += counts[c];
   if (rows == 0) return;
+  FloatMode mode;
   const float keep = (float)decay, take = (float)(1.0 - decay), least = (float)eps;
   parallel(codes, 256, [&](int64_t begin, int64_t end) {
-    std::vector<float> mean(dim);
+    std::vector<float> fresh(dim);
     for (int64_t c = begin; c < end; ++c) {
-      cluster_size[c] = cluster_size[c] * keep + (float)counts[c] * take;
-      const float size = cluster_size[c];
-      const bool finite = ema_kernels().blend(cluster_sum + c * dim, sums + c * dim, mean.data(), keep, take, size, dim);
-      if (size >= least && finite && !(frozen && frozen[c])) memcpy(codebook + c * dim, mean.data(), dim * sizeof(float));
+      float* sum = cluster_sum + c * dim;
+      if (!ema_kernels().blend(sum, sums + c * dim, fresh.data(), keep, take, dim)) continue;  // it would never be finite again
+      memcpy(sum, fresh.data(), dim * sizeof(float));
+      const float size = cluster_size[c] = cluster_size[c] * keep + (float)counts[c] * take;
+      if (!(size >= least) || (frozen && frozen[c]) || !ema_kernels().divide(sum, fresh.data(), size, dim)) continue;
+      memcpy(codebook + c * dim, fresh.data(), dim * sizeof(float));
     }
   });
 }

@@ -48,15 +48,23 @@ bool sum_rows(const float* base, int64_t ld, const int64_t* at, int64_t n, int64
 }
 
 // Plain loops: the compiler makes this level's vectors of them.
-bool blend(float* total, const float* sums, float* mean, float keep, float take, float size, int64_t dim) {
-  for (int64_t d = 0; d < dim; ++d) {
-    const float old = total[d] * keep, fresh = sums[d] * take;
-    total[d] = old + fresh;
-    mean[d] = total[d] / size;
-  }
+inline bool all_finite(const float* values, int64_t dim) {
   uint32_t unlike = 0;  // a value minus itself is 0, but for NaN and Inf
-  for (int64_t d = 0; d < dim; ++d) unlike |= (uint32_t)(mean[d] - mean[d] != 0.0f);
+  for (int64_t d = 0; d < dim; ++d) unlike |= (uint32_t)(values[d] - values[d] != 0.0f);
   return unlike == 0;
 }
 
-const vqfast::EmaKernels kKernels = {sum_rows, blend};
+bool blend(const float* total, const float* sums, float* out, float keep, float take, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const float old = total[d] * keep, fresh = sums[d] * take;
+    out[d] = old + fresh;
+  }
+  return all_finite(out, dim);
+}
+
+bool divide(const float* total, float* out, float size, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) out[d] = total[d] / size;
+  return all_finite(out, dim);
+}
+
+const vqfast::EmaKernels kKernels = {sum_rows, blend, divide};

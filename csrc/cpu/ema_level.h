@@ -10,8 +10,9 @@ struct EmaKernels {
   // False when a sum is not finite: doubles take any number of finite floats, so then a row was not.
   bool (*sum_rows)(const float* base, int64_t ld, const int64_t* at, int64_t n, int64_t known, int64_t dim, double* total,
                    float* sums);
-  // total = total * keep + sums * take and mean = total / size, each operation rounded; [dim]. False when a mean is not finite.
-  bool (*blend)(float* total, const float* sums, float* mean, float keep, float take, float size, int64_t dim);
+  // out = total * keep + sums * take, and out = total / size, each operation rounded; [dim]. False when a result is not finite.
+  bool (*blend)(const float* total, const float* sums, float* out, float keep, float take, int64_t dim);
+  bool (*divide)(const float* total, float* out, float size, int64_t dim);
 };
 
 const EmaKernels& ema_kernels();  // of the level in use

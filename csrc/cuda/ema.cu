@@ -59,6 +59,7 @@ void code_stats(const StatsProblem& p, void* memory, cudaStream_t stream) {
 void ema_update(const EmaProblem& p, cudaStream_t stream) {
   const i64 codes = p.groups * p.size;
   if (codes == 0) return;
+  launch(ema_any_row_kernel, dim3(unsigned(p.groups)), dim3(kAnyRowThreads), 0, stream, p);
   launch(ema_update_kernel, dim3(unsigned(ceil_div(codes, kSumWarps))), dim3(32 * kSumWarps), 0, stream, p);
 }
 

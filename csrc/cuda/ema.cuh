@@ -298,20 +298,43 @@ __global__ void __launch_bounds__(256) stats_count_kernel(StatsProblem p) {
 
 // ---- moving average: a warp owns a code ---------------------------------------------------------------------------------------
 
+struct AnyRow {
+  int threads;  // that met a code with rows
+};
+constexpr int kAnyRowThreads = 1024;
+
+__global__ void __launch_bounds__(kAnyRowThreads) ema_any_row_kernel(EmaProblem p) {
+  VQ_SHARED(AnyRow, any);
+  const i64 g = blockIdx.x;
+  if (threadIdx.x == 0) any.threads = 0;
+  sync_threads();
+  bool own = false;
+  for (i64 k = threadIdx.x; k < p.size; k += kAnyRowThreads) own = own || p.counts[g * p.size + k] > 0;
+  if (own) atomic_add(&any.threads, 1);
+  sync_threads();
+  if (threadIdx.x == 0) p.any_row[g] = any.threads;
+}
+
 // size <- decay size + (1 - decay) n; sum <- decay sum + (1 - decay) s; code <- sum / size, unless size < eps, the code is
-// frozen, or the mean is not finite. Computed in float64, stored in the state's dtype; the mean is taken of what was stored.
+// frozen, or the mean is not finite; nothing of a code whose sum would not be finite, and nothing in a group without rows. Computed in float64, stored in the state's dtype; the mean is taken of what was stored.
 __global__ void __launch_bounds__(32 * kSumWarps) ema_update_kernel(EmaProblem p) {
   const i64 k = i64(blockIdx.x) * kSumWarps + threadIdx.x / 32;  // of G K codes
   const int lane = threadIdx.x % 32;
-  if (k >= p.groups * p.size) return;
+  if (k >= p.groups * p.size || !p.any_row[k / p.size]) return;
   const double rest = 1.0 - p.decay;
   const double moved = p.decay * load_f64(p.cluster_size, p.size_dtype, k) + rest * double(p.counts[k]);
   const double size = p.size_dtype == kF64 ? moved : double(float(moved));
   const double eps = p.size_dtype == kF64 ? p.eps : double(float(p.eps));
+  const auto sum_at = [&](i64 at) { return p.decay * load_f64(p.cluster_sum, p.sum_dtype, at) + rest * load_f64(p.sums, p.sums_dtype, at); };
   bool finite = true;
   for (i64 d = lane; d < p.dim; d += 32) {
+    const double sum = sum_at(k * p.dim + d);
+    finite = finite && (p.sum_dtype == kF64 ? is_finite(sum) : is_finite(float(sum)));
+  }
+  if (ballot(kFullWarp, !finite) != 0) return;
+  for (i64 d = lane; d < p.dim; d += 32) {
     const i64 at = k * p.dim + d;
-    store(p.cluster_sum, p.sum_dtype, at, p.decay * load_f64(p.cluster_sum, p.sum_dtype, at) + rest * load_f64(p.sums, p.sums_dtype, at));
+    store(p.cluster_sum, p.sum_dtype, at, sum_at(at));
     const double mean = load_f64(p.cluster_sum, p.sum_dtype, at) / (size > eps ? size : eps);
     finite = finite && (p.codebook_dtype == kF64 ? is_finite(mean) : is_finite(float(mean)));
   }

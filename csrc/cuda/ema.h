@@ -25,6 +25,7 @@ struct EmaProblem {
   int sums_dtype;
   const i64* counts;            // [G, K] contiguous
   const unsigned char* frozen;  // [G, K] contiguous bool, or nullptr
+  int* any_row;                 // [G] scratch: whether a row of the group was counted
   double decay, eps;
 };
 

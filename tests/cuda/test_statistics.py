@@ -135,6 +135,29 @@ def test_ema_update_follows_the_formula(executor, order, frozen):
         same(got.codebook[keep], state.codebook[keep])
 
 
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_group_without_rows_keeps_every_bit(executor, order, empty):
+    state = oracle.Ema(cases.normal(2, 1500, 3, seed=20), cases.normal(2, 1500, seed=21).abs(), cases.normal(2, 1500, 3, seed=22))
+    sums, counts = cases.normal(2, 1500, 3, seed=23), torch.zeros(2, 1500, dtype=torch.int64)
+    counts[1 - empty, 1499], sums[empty] = 1, 0.0
+    got = oracle.Ema(*(t.clone() for t in state))
+    executor.ema_update_(*got, sums, counts, None, 0.5, 1e-5)
+    for before, after in zip(state, got, strict=True):
+        same_bits(after[empty], before[empty])
+        assert (after[1 - empty] != before[1 - empty]).any()
+
+
+def test_a_sum_that_overflows_changes_nothing_of_its_code(executor, order):
+    state = oracle.Ema(cases.normal(1, 9, 40, seed=20), torch.ones(1, 9), cases.normal(1, 9, 40, seed=22))
+    sums, counts = cases.normal(1, 9, 40, seed=23), torch.full((1, 9), 2)
+    sums[0, 4, 37] = torch.inf
+    got = oracle.Ema(*(t.clone() for t in state))
+    executor.ema_update_(*got, sums, counts, None, 0.5, 1e-5)
+    for before, after in zip(state, got, strict=True):
+        same_bits(after[0, 4], before[0, 4])
+        assert after.isfinite().all() and (after[0, 5] != before[0, 5]).any()
+
+
 # ---- quantize --------------------
 
 

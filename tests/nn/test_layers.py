@@ -345,3 +345,42 @@ def test_wrong_arguments(kind, options):
 def test_wrong_ema_arguments(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         KINDS["ema"](DIM, CODES, **options)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "ema", "residual"])
+def test_decode_gives_what_forward_gave(backend, kind):
+    """With cosine a learned parameter leaves the unit sphere; the codes do not."""
+    layer = make(kind, metric="cosine", **({"num_quantizers": 2} if kind == "residual" else {}))
+    if kind == "parameter":
+        layer.codebook.data *= torch.linspace(0.5, 2, len(layer.codebook))[:, None]
+    layer, z = on(backend, layer.eval(), cases.normal(50, DIM, seed=1))
+    out = layer(z)
+    close(layer.decode(out.indices).detach(), out.quantized.detach().cpu(), 2e-6)
+    same(layer.encode(z), out.indices)
+
+
+PREPARED = {"cosine": {"metric": "cosine"}, "projected": {"codebook_dim": 4}, "in groups": {"metric": "cosine", "groups": 2}}
+
+
+@pytest.mark.parametrize("options", PREPARED.values(), ids=PREPARED.keys())
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("kind", [*KINDS, "residual"])
+def test_no_gradient_comes_from_rows_that_do_not_count(backend, kind, masked, options):
+    """Behind a projection or a normalisation, too: there a gradient of 0 times a NaN would be NaN."""
+    if kind == "residual":
+        options = {"num_quantizers": 2} | {name: value for name, value in options.items() if name != "groups"}
+    z, valid = cases.normal(2, 5, DIM, seed=1), torch.ones(2, 5, dtype=torch.bool)
+    valid[0, 1] = valid[1, 3] = False
+    broken = z.clone()
+    broken[0, 1], broken[1, 3, 2::3] = torch.nan, torch.inf
+
+    def gradients(values, mask):
+        layer, values, mask = on(backend, make(kind, **options), values.clone(), mask)
+        out = layer(values.requires_grad_(), mask)
+        (out.quantized[valid].square().sum() + out.loss).backward()
+        if mask is not None:
+            assert not out.quantized[~valid].any(), "the bias of a projection stands at no masked position"
+        return values.grad, *(p.grad for p in layer.parameters() if p.grad is not None)
+
+    for got, expected in zip(gradients(broken, valid if masked else None), gradients(z, valid), strict=True):
+        same(got, expected)

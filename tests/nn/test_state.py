@@ -349,6 +349,102 @@ def test_frozen_codes_keep_every_bit(backend, kind, which):
         layer(put(backend, cases.normal(40, DIM, seed=99)))
 
 
+@EVERY_KIND
+def test_frozen_codes_of_unit_length_keep_every_bit(backend, kind):
+    """Normalising is not idempotent: a frozen code is not normalised again."""
+    layer = layer_for(backend, kind, metric="cosine", codebook_size=64)
+    layer.freeze_()
+    before = layer.codebook.detach().clone()
+    layer(put(backend, cases.normal(200, DIM, seed=1)))
+    same_bits(layer.codebook, before)
+
+
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_momentum_moves_no_frozen_code(backend, which):
+    """Adam goes on moving a parameter whose gradient has become 0; what it did to frozen codes is undone before anybody sees it."""
+    layer = layer_for(backend, "parameter")
+    optimizer = torch.optim.AdamW([layer.codebook], lr=0.01, weight_decay=0.1)
+    for step in range(9):
+        if step == 4:
+            layer.freeze_(None if which == "all" else put(backend, torch.arange(CODES) % 2 == 0))
+            frozen, held = layer.frozen.clone(), layer.codebook.detach().clone()
+        optimizer.zero_grad()
+        out = layer(put(backend, cases.normal(40, DIM, seed=step)).requires_grad_())
+        if step >= 4:
+            same_bits(out.quantized.detach()[frozen[out.indices]], held[out.indices][frozen[out.indices]])
+        out.loss.backward()
+        optimizer.step()
+    saved = layer.state_dict()["codebook"]
+    same_bits(saved[frozen], held[frozen])
+    if which == "some":
+        assert (saved[~frozen] != held[~frozen]).any(-1).all()
+    fresh = layer_for(backend, "parameter")
+    fresh.load_state_dict(layer.state_dict())
+    fresh.codebook.data += 1.0
+    same_bits(fresh.decode(torch.arange(CODES, device=held.device))[frozen].detach(), held[frozen])
+    layer.unfreeze_()
+    layer.codebook.data += 1.0
+    assert (layer.decode(torch.arange(CODES, device=held.device)) > held).any(-1).all()
+
+
+@pytest.mark.parametrize("kind", ["ema", "residual"])
+@pytest.mark.parametrize("rule", ["ema", "debiased"])
+def test_a_batch_whose_sums_overflow_is_forgotten(backend, kind, rule):
+    """Finite rows may add up to more than float32 holds: the codes that they chose stay as they are, and learn from the next batch."""
+    layer = layer_for(backend, kind, rule=rule, decay=0.5)
+    layer(put(backend, cases.normal(40, DIM, seed=1)))
+    layer(put(backend, torch.full((300, DIM), 3e38)))
+    assert all(t.isfinite().all() for t in learned(layer).values())
+    before = codes_of(layer)
+    out = layer(put(backend, cases.normal(40, DIM, seed=2)))
+    chosen = out.indices[..., 0] if kind == "residual" else out.indices
+    assert (codes_of(layer)[0] != before[0])[chosen].any(-1).all()
+    assert all(t.isfinite().all() for t in learned(layer).values())
+
+
+def test_an_empty_step_is_no_step(backend):
+    """The debiased rule divides by 1 - decay^t, where t counts steps that had rows."""
+    layer, other = (layer_for(backend, "ema", rule="debiased", decay=0.9) for _ in range(2))
+    layer(put(backend, torch.full((5, DIM), torch.nan)))
+    for one in (layer, other):
+        one(put(backend, cases.normal(40, DIM, seed=1)))
+    same_state(layer, state_of(other))
+    same(layer.updates, other.updates)
+
+
+@pytest.mark.parametrize("kind", ["ema", "residual"])
+@pytest.mark.parametrize("move", ["half", "bfloat16"])
+def test_pending_statistics_stay_float32(backend, kind, move):
+    layer = layer_for(backend, kind, auto_update=False, revive_below=0.1, decay=0.5)
+    getattr(layer, move)()
+    dtype = torch.float16 if move == "half" else torch.bfloat16
+    for _ in range(2):
+        layer(put(backend, torch.full((20_000, DIM), 10.0, dtype=dtype)))
+    assert layer.pending_sums.dtype == layer.pending_pool.dtype == torch.float32
+    assert layer.pending_sums[0].max() == 400_000
+    layer.update_()
+    assert all(t.isfinite().all() for t in learned(layer).values())
+
+
+def test_gradients_follow_the_parameter_that_stays_float32():
+    layer = make("parameter")
+    layer(cases.normal(9, DIM)).loss.backward()
+    grad = layer.codebook.grad.clone()
+    layer.bfloat16()
+    same_bits(layer.codebook.grad, grad)
+    torch.optim.Adam(layer.parameters()).step()
+
+
+def test_the_gradient_is_that_of_the_codes_before_revival(backend):
+    """With cosine the codes are normalised, and what that saves for its gradient must not be the codebook that revival writes to."""
+    plain, reviving = (layer_for(backend, "parameter", metric="cosine", revive_below=share) for share in (0.0, 1.5))
+    z = put(backend, cases.normal(20, DIM, seed=1))
+    for layer in (plain, reviving):
+        layer(z).loss.backward()
+    assert (plain.codebook != reviving.codebook).any()
+    same_bits(reviving.codebook.grad, plain.codebook.grad)
+
+
 # ---- same bits, saved and restored --------------------------------------------------------------------------------
 
 

@@ -150,6 +150,22 @@ def test_sums_have_the_same_bits_for_any_thread_count(backend, skew, set_threads
     close(first[0], oracle.code_stats(x, indices, 50)[0], oracle.sums_bound(x, indices, 50))
 
 
+@pytest.mark.parametrize("count", [1, 4], ids="{} threads".format)
+def test_subnormal_sums_count_although_torch_flushes_them(backend, count, set_threads):
+    """Also those of a code whose rows fill several blocks, which are added up by the calling thread."""
+    if backend != "cpu" or not torch.set_flush_denormal(False):
+        pytest.skip("the other backends compute with torch itself, which does as the user asked")
+    x, indices = torch.full((1, 1, 4000, 3), 2.0**-149), torch.zeros(1, 1, 4000, dtype=torch.int64)
+    indices[..., :10] = 1
+    set_threads(count)
+    torch.set_flush_denormal(True)
+    try:
+        sums, _ = border_stats(backend, x, indices, 2)
+    finally:
+        torch.set_flush_denormal(False)
+    same(sums[0], torch.tensor([[3990.0], [10.0]]).mul(2.0**-149).expand(2, 3))
+
+
 # ---- update -------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +270,35 @@ def test_nothing_counted_means_no_decay(backend):
     got = apply(backend, state, torch.zeros(40, 6), torch.zeros(40, dtype=torch.int64), decay=0.5)
     for name, before, after in zip(state._fields, state, got):
         same_bits(after, before, name)
+
+
+def test_a_sum_that_overflows_changes_nothing_of_its_code(backend):
+    """A sum that is not finite would never be finite again; the next step moves the code as if this one had not been."""
+    state, (sums, counts) = fresh_state(), statistics()
+    sums, counts = sums[0].clone(), counts[0].clamp(min=1)
+    sums[7, 2], sums[9] = torch.inf, 3e38
+    state.cluster_sum[9] = 3e38
+    first = apply(backend, state, sums, counts, decay=0.5)
+    others = torch.arange(40) != 7
+    for name, before, after in zip(state._fields, state, first):
+        same_bits(after[7], before[7], name)
+        assert after.isfinite().all() and (after[others] != before[others]).any(), name
+    second = apply(backend, first, statistics()[0][0], counts, decay=0.5)
+    assert (second.codebook[7] != state.codebook[7]).any() and second.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", ["short", "integers", "counts", "sums"])
+def test_wrong_statistics_raise_before_anything_moves(backend, wrong):
+    state = oracle.Ema(*(put(backend, t) for t in fresh_state()))
+    before = [t.clone() for t in state]
+    sums, counts = (put(backend, t[0]) for t in statistics())
+    frozen = torch.zeros(20 if wrong == "short" else 40, dtype=torch.int64 if wrong == "integers" else torch.bool)
+    counts = counts.float() if wrong == "counts" else counts
+    sums = sums.long() if wrong == "sums" else sums
+    with pytest.raises((TypeError, ValueError), match="counts|frozen"):
+        vqfast.ema_update_(*state, sums, counts, decay=0.9, frozen=put(backend, frozen), backend=backend)
+    for old, new in zip(before, state):
+        same_bits(new, old)
 
 
 def test_frozen_codes_keep_every_bit(backend):

@@ -253,3 +253,14 @@ def test_codes_that_no_batch_chose_are_moved(backend):
 def test_wrong_input(x, k, options):
     with pytest.raises((ValueError, TypeError)):
         vqfast.kmeans(x, k, **options)
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+@pytest.mark.parametrize("batch_rows", [None, 200])
+def test_rows_whose_distances_or_sums_overflow(init, batch_rows):
+    """One row so far out that its squared distance leaves float32, and many whose sum does: it ends, with finite codes."""
+    x = cases.normal(1000, 4, seed=5)
+    x[17] = 1e20
+    x[500:700] = 3e37 * x[500:700].sign()
+    found = vqfast.kmeans(x, 8, init=init, batch_rows=batch_rows, seed=1)
+    assert found.codebook.isfinite().all()

@@ -161,3 +161,29 @@ def test_same_bits_for_any_thread_count(backend, set_threads):
 def test_wrong_input(x, codebooks):
     with pytest.raises((ValueError, TypeError)):
         vqfast.residual_quantize(x, codebooks)
+
+
+def test_second_derivative(backend):
+    """Of the losses into x and into the codebooks, as the formula has it with codes of earlier levels as constants."""
+    x, codebooks = (t.double() for t in problem(3, n=12, k=5, dim=4))
+    x[3] = torch.nan
+
+    def formula(x, codebooks):
+        rest, loss, valid = x, 0.0, x.isfinite().all(-1).detach()
+        for level, index in zip(codebooks, indices.unbind(-1)):
+            code = level[index]
+            loss = loss + (rest.detach() - code)[valid].square().mean() + 0.25 * (rest - code.detach())[valid].square().mean()
+            rest = rest - code.detach()
+        return loss / len(codebooks)
+
+    def products(loss, *leaves):
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum((grad * grad.detach().cos()).nan_to_num(0).sum() for grad in grads), leaves)
+
+    leaves = [t.clone().requires_grad_() for t in put(backend, x, codebooks)]
+    with vqfast.use_backend("reference"):
+        out = vqfast.residual_quantize(*leaves)
+    indices = out.indices
+    expected = products(formula(*leaves), *leaves)
+    for got, wanted in zip(products(out.loss, *leaves), expected):
+        close(got, wanted.nan_to_num(0), 1e-9)

@@ -15,6 +15,7 @@ from vqfast.ops.gather import gather
 from vqfast.ops.kmeans import kmeans
 from vqfast.ops.nearest import search
 from vqfast.ops.quantize import check_mask
+from vqfast.ops.straight_through import all_finite
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -22,16 +23,18 @@ _HALVES = (torch.float16, torch.bfloat16)
 class WideState(nn.Module):
     """A module whose codebook and statistics stay float32 or float64 under .half(), .bfloat16() and .to(dtype)."""
 
-    # Names of the parameters and buffers that do.
+    # Names of the parameters and buffers that do; a layer need not have them all.
     _wide_state: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name).detach() for name in self._wide_state}
+        wide = {name: tensor for name in self._wide_state if (tensor := getattr(self, name, None)) is not None}
+        kept = {name: (tensor.detach(), None if tensor.grad is None else tensor.grad.detach()) for name, tensor in wide.items()}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, (before, grad) in kept.items():
             after = getattr(self, name)
             if after.dtype in _HALVES:
                 after.data = before.to(after.device)
+                after.grad = grad if grad is None else grad.to(after.device)
         return self
 
 
@@ -58,9 +61,8 @@ class QuantizerBase(WideState):
         self.channel_dim = channel_dim
         self.process_group = process_group
         self._hints = HintKeeper()
-        projects = self.codebook_dim != dim
-        self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
-        self.project_out = nn.Linear(self.codebook_dim, dim) if projects else nn.Identity()
+        self.project_in = nn.Linear(dim, self.codebook_dim) if self._projects else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, dim) if self._projects else nn.Identity()
 
     # -- codebook --------------------------------------------------------------------------------------------------------
 
@@ -75,6 +77,10 @@ class QuantizerBase(WideState):
         limit = math.sqrt(3.0 / shape[-1])
         codebook = torch.empty(shape).uniform_(-limit, limit)
         return nn.functional.normalize(codebook, dim=-1) if self.metric == "cosine" else codebook
+
+    def _codes(self) -> Tensor:
+        """The codes that a lookup sees, in the shape of the stored codebook."""
+        return self.codebook
 
     def _grouped(self, tensor: Tensor) -> Tensor:
         """A stored tensor [K, ...] or [S, K, ...] as [S, K, ...]."""
@@ -123,39 +129,43 @@ class QuantizerBase(WideState):
 
     # -- layout ----------------------------------------------------------------------------------------------------------
 
-    def _rows(self, z: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """z -> canonical rows [B, G, N, D] and z's shape without the channel axis."""
+    @property
+    def _projects(self) -> bool:
+        return self.codebook_dim != self.dim
+
+    def _rows(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[int, ...]]:
+        """z -> canonical rows [B, G, N, D] and z's shape without the channel axis. mask: z's shape without that axis."""
         _layout.check_channels(z, self.dim, self.channel_dim)
         like = _layout.without_channel(z.shape, self.channel_dim)
-        z = self.project_in(z.movedim(self.channel_dim, -1))
-        if self.metric == "cosine":
-            z = nn.functional.normalize(z, dim=-1) if self.groups == 1 else z
+        check_mask(mask, z, like)
+        z = z.movedim(self.channel_dim, -1)
+        if self._projects:
+            z = _where_it_counts(self.project_in, z, None if mask is None else mask[..., None])
         rows = _layout.to_rows(z, -1, self.groups)
-        if self.metric == "cosine" and self.groups > 1:
-            rows = nn.functional.normalize(rows, dim=-1)
+        if self.metric == "cosine":
+            rows = _where_it_counts(_normalized, rows, None if mask is None else mask_rows(mask)[:, None, :, None])
         return rows, like
 
-    def _mask_rows(self, mask: Tensor | None, z: Tensor, like: tuple[int, ...]) -> Tensor | None:
-        mask = check_mask(mask, z, like)
-        if mask is None:
-            return None
-        return mask[None] if mask.dim() == 1 else mask.flatten(1)
-
-    def _to_layout(self, rows: Tensor, like: tuple[int, ...]) -> Tensor:
-        return self.project_out(_layout.from_rows(rows, like, -1)).movedim(-1, self.channel_dim)
+    def _to_layout(self, rows: Tensor, like: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
+        z = _layout.from_rows(rows, like, -1)
+        if self._projects:
+            valid = None if mask is None else mask[..., None]
+            z = _where_it_counts(self.project_out, z, valid)
+            z = z if valid is None else torch.where(valid, z, 0)
+        return z.movedim(-1, self.channel_dim)
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """Indices of the nearest codes: int64, z's shape without the channel axis ([B, G, ...] with several groups)."""
         rows, like = self._rows(z)
-        codebook = self._grouped(self.codebook)
+        codebook = self._grouped(self._codes())
         indices = search(rows, codebook, self.metric_code, self._hints.of(rows, codebook, self.metric_code)).indices
         return _layout.indices_to_user(indices, like)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codes of indices as the layer's output layout; index -1 gives zeros (before the output projection)."""
         flat, like = _layout.indices_to_rows(_shapes.check_indices("indices", indices), self.groups)
-        return self._to_layout(gather(self._grouped(self.codebook), flat), like)
+        return self._to_layout(gather(self._grouped(self._codes()), flat), like)
 
     # -- freezing --------------------------------------------------------------------------------------------------------
 
@@ -182,7 +192,27 @@ class QuantizerBase(WideState):
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, codebook_size={self.codebook_size}, metric={self.metric!r}, channel_dim={self.channel_dim}"
         text += f", groups={self.groups}" if self.groups > 1 else ""
-        return text + (f", codebook_dim={self.codebook_dim}" if self.codebook_dim != self.dim else "")
+        return text + (f", codebook_dim={self.codebook_dim}" if self._projects else "")
+
+
+def mask_rows(mask: Tensor) -> Tensor:
+    """A mask of z's shape without the channel axis as [B, N]."""
+    return mask[None] if mask.dim() == 1 else mask.flatten(1)
+
+
+def _normalized(rows: Tensor) -> Tensor:
+    return nn.functional.normalize(rows, dim=-1)
+
+
+def _where_it_counts(function, rows: Tensor, mask: Tensor | None) -> Tensor:
+    """function(rows) along the last axis, NaN in rows that are masked or not finite, which then do not reach its gradients: there a
+    gradient of 0 times NaN would be NaN.
+    """
+    if not torch.is_grad_enabled() or (mask is None and all_finite(rows.detach())):
+        return function(rows)
+    counts = (rows.detach() * 0).sum(-1, keepdim=True) == 0
+    counts = counts if mask is None else counts & mask
+    return torch.where(counts, function(torch.where(counts, rows, 0)), torch.nan)
 
 
 def rerun_in_backward() -> bool:

@@ -21,15 +21,17 @@ def debiased_(codebook: Tensor, cluster_size: Tensor, cluster_sum: Tensor, step:
     any_row = (counts.sum(-1) > 0)[..., None]  # [S, 1]; a step without rows changes nothing
     keep = torch.where(any_row, torch.tensor(decay, dtype=torch.float64, device=counts.device), 1.0)
     keep, take = keep.to(cluster_size.dtype), (1.0 - keep).to(cluster_size.dtype)
-    cluster_size.mul_(keep).add_(counts.to(cluster_size.dtype) * take)
-    cluster_sum.mul_(keep[..., None]).add_(sums.to(cluster_sum.dtype) * take[..., None])
+    total = cluster_sum * keep[..., None] + sums.to(cluster_sum.dtype) * take[..., None]
+    counts_in = total.isfinite().all(-1)  # as in ema_update_
+    cluster_size.copy_(torch.where(counts_in, cluster_size * keep + counts.to(cluster_size.dtype) * take, cluster_size))
+    cluster_sum.copy_(torch.where(counts_in[..., None], total, cluster_sum))
     bias = 1 - torch.as_tensor(decay, dtype=torch.float64, device=step.device) ** step.to(torch.float64)
     bias = bias.clamp(min=torch.finfo(torch.float64).tiny).to(cluster_size.dtype)
     size = cluster_size / bias
     total = size.sum(-1, keepdim=True)
     smoothed = (size + eps) / (total + codebook.shape[-2] * eps) * total
     mean = (cluster_sum / bias) / smoothed[..., None]
-    moves = any_row[..., None] & mean.isfinite().all(-1, keepdim=True)
+    moves = (any_row & counts_in)[..., None] & mean.isfinite().all(-1, keepdim=True)
     if frozen is not None:
         moves = moves & ~frozen[..., None]
     codebook.copy_(torch.where(moves, mean, codebook))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vqfast._border import is_traced
 from vqfast.nn import _layout, _revival
-from vqfast.nn._base import QuantizerBase, rerun_in_backward
+from vqfast.nn._base import QuantizerBase, mask_rows, rerun_in_backward
 from vqfast.nn._distributed import all_reduce_stats, world
 from vqfast.nn._ema import RULES
 from vqfast.ops import quantize
@@ -98,9 +98,9 @@ class _Quantizer(QuantizerBase):
                 f"{type(self).__name__} ran again inside backward (activation checkpointing), after its codebook had already"
                 " moved. Build it with auto_update=False and call update_() once per optimizer step."
             )
-        rows, like = self._rows(z)
+        rows, like = self._rows(z, mask)
         learns = self.training and not repeated
-        step = search(rows, self._mask_rows(mask, z, like), learns and self._needs_sums())
+        step = search(rows, None if mask is None else mask_rows(mask), learns and self._needs_sums())
         counts = step.counts
         if learns:
             # Nothing here carries a gradient. An exported program that holds a no_grad() block cannot be loaded again, and a
@@ -110,16 +110,16 @@ class _Quantizer(QuantizerBase):
             else:
                 with torch.no_grad():
                     counts = self._collect(rows.detach(), step)
-        return self._result(step, counts, like)
+        return self._result(step, counts, like, mask)
 
-    def _result(self, step: quantize.Step, counts: Tensor, like: tuple[int, ...]) -> Quantized:
+    def _result(self, step: quantize.Step, counts: Tensor, like: tuple[int, ...], mask: Tensor | None) -> Quantized:
         # The losses are means over this process's rows; perplexity and usage come from all processes' counts.
         dim = step.quantized.shape[-1]
         commitment_loss, codebook_loss = quantize.losses(step.sq_error, self._valid_rows(step), dim)
         codebook_loss = self._codebook_loss(codebook_loss)
         perplexity, usage = quantize.code_metrics(counts)
         return Quantized(
-            self._to_layout(step.quantized, like),
+            self._to_layout(step.quantized, like, mask),
             self._indices_to_user(step.indices, like),
             codebook_loss + self.commitment_weight * commitment_loss,
             commitment_loss,
@@ -178,9 +178,10 @@ class _Quantizer(QuantizerBase):
             pool = nn.functional.pad(pool, (0, 0, 0, self._slots() - pool.shape[1]))
         sums, counts, pool = all_reduce_stats(sums, counts, pool, self.process_group)
         self._learn(sums, counts)
+        any_row = counts.sum() > 0
         if self._slots():
-            self._revive(pool, (counts.sum() > 0))
-        self.updates += 1
+            self._revive(pool, any_row)
+        self.updates += any_row
         return counts
 
     def _revive(self, pool: Tensor, any_row: Tensor) -> None:
@@ -232,7 +233,7 @@ class VectorQuantizer(_Quantizer):
     Source: van den Oord et al. 2017, eq. 3; the paper sums over D where the losses here are means.
     """
 
-    _wide_state = ("codebook", "cluster_size")
+    _wide_state = ("codebook", "cluster_size", "pending_pool", "_held")
 
     def __init__(
         self,
@@ -262,16 +263,59 @@ class VectorQuantizer(_Quantizer):
         )
         self.codebook = nn.Parameter(self._initial_codebook())
         self._register_state()
+        self.register_buffer("_held", None, persistent=False)  # the codebook as it was when codes of it were frozen
 
     def _sums_shape(self) -> tuple[int, ...]:
         return *self._grouped(self.codebook).shape[:2], 0
 
+    def _codes(self) -> Tensor:
+        self._put_back_frozen()
+        return self._on_the_sphere(self.codebook)
+
+    def _on_the_sphere(self, codebook: Tensor) -> Tensor:
+        return nn.functional.normalize(codebook, dim=-1) if self.metric == "cosine" else codebook
+
     def _lookup_codebook(self, rows: Tensor) -> Tensor:
-        codebook = nn.functional.normalize(self.codebook, dim=-1) if self.metric == "cosine" else self.codebook
-        if self._any_frozen:
-            codebook = torch.where(self.frozen[..., None], codebook.detach(), codebook)
+        self._put_back_frozen()
         # Backward needs the codes as they were before dead ones are replaced.
-        return codebook.clone() if self.training and self._slots() else codebook
+        codebook = self._on_the_sphere(self.codebook.clone() if self.training and self._slots() else self.codebook)
+        return torch.where(self.frozen[..., None], codebook.detach(), codebook) if self._any_frozen else codebook
+
+    # An optimizer's momentum and weight decay move a code whose gradient is 0.
+
+    def _put_back_frozen(self) -> None:
+        if self._any_frozen:
+            with torch.no_grad():
+                self.codebook.data.copy_(torch.where(self.frozen[..., None], self._held, self.codebook))
+
+    def _hold_frozen(self) -> None:
+        self._held = self.codebook.detach().clone() if self._any_frozen else None
+
+    def freeze_(self, codes: Tensor | None = None) -> None:
+        """Stop learning of all codes, or of those where the bool tensor `codes` ([K] or [G, K]) is True. Frozen codes still serve.
+
+        What an optimizer's momentum or weight decay does to them is undone when the layer is next used or saved.
+        """
+        self._put_back_frozen()
+        super().freeze_(codes)
+        self._hold_frozen()
+
+    def unfreeze_(self) -> None:
+        self._put_back_frozen()
+        super().unfreeze_()
+        self._hold_frozen()
+
+    def _reset_state(self) -> None:
+        super()._reset_state()
+        self._hold_frozen()
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self._put_back_frozen()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._hold_frozen()
 
     def _codebook_loss(self, codebook_loss: Tensor) -> Tensor:
         return codebook_loss
@@ -302,7 +346,7 @@ class VectorQuantizerEMA(_Quantizer):
     Source: van den Oord et al. 2017, appendix A.1.
     """
 
-    _wide_state = ("codebook", "cluster_size", "cluster_sum")
+    _wide_state = ("codebook", "cluster_size", "cluster_sum", "pending_sums", "pending_pool")
 
     def __init__(
         self,
@@ -367,10 +411,10 @@ class VectorQuantizerEMA(_Quantizer):
     def _learn(self, sums: Tensor, counts: Tensor) -> None:
         state = (self._grouped(t) for t in (self.codebook, self.cluster_size, self.cluster_sum))
         frozen = self._grouped(self.frozen) if self._any_frozen else None
-        step = torch.where(counts.sum() > 0, self.updates + 1, self.updates)
-        RULES[self.rule](*state, step, sums, counts, frozen, self.decay, self.eps)
+        RULES[self.rule](*state, self.updates + 1, sums, counts, frozen, self.decay, self.eps)
         if self.metric == "cosine":
-            self.codebook.copy_(nn.functional.normalize(self.codebook, dim=-1))
+            unit = nn.functional.normalize(self.codebook, dim=-1)
+            self.codebook.copy_(torch.where(self.frozen[..., None], self.codebook, unit) if self._any_frozen else unit)
 
     def _revived(self, codebook: Tensor, replaced: Tensor, fresh: float) -> None:
         cluster_sum = self._grouped(self.cluster_sum)

@@ -97,10 +97,12 @@ def leading_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def check_indices(name: str, indices: Tensor) -> Tensor:
-    """Any integer dtype -> int64."""
+    """Any integer dtype but uint64 -> int64."""
     if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         got = describe(indices) if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"{name} must be a tensor of integers (int64 preferred), got {got}.")
+    if indices.dtype == torch.uint64:  # its largest values would turn negative, and -1 means a masked position
+        raise TypeError(f"{name} must hold integers that fit int64, got {describe(indices)}; convert them by .to(torch.int64).")
     return indices.to(torch.int64)
 
 

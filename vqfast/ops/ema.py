@@ -130,6 +130,22 @@ def ema_update_(
     for name, tensor in (("codebook", codebook), ("cluster_size", cluster_size), ("cluster_sum", cluster_sum)):
         if tensor.dtype not in (torch.float32, torch.float64) or not tensor.is_contiguous():
             raise TypeError(f"{name} is {_shapes.describe(tensor)}; the state must be contiguous float32 or float64.")
+    if counts.dtype != torch.int64 or not sums.is_floating_point():
+        raise TypeError(
+            f"counts are {_shapes.describe(counts)}, sums are {_shapes.describe(sums)}: counts must be int64 and sums floating, as"
+            " `code_stats` gives them."
+        )
+    if frozen is not None and (frozen.dtype != torch.bool or frozen.shape != cluster_size.shape):
+        raise TypeError(
+            f"frozen is {_shapes.describe(frozen)}, cluster_size is {_shapes.describe(cluster_size)}: frozen must be bool of"
+            " the same shape."
+        )
+    for name, tensor in (("cluster_size", cluster_size), ("cluster_sum", cluster_sum), ("sums", sums), ("counts", counts),
+                         ("frozen", frozen)):  # fmt: skip
+        if tensor is not None and tensor.device != codebook.device:
+            raise ValueError(
+                f"{name} is {_shapes.describe(tensor)}, codebook is {_shapes.describe(codebook)}: both must be on one device."
+            )
     state = [t if codebook.dim() == 3 else t[None] for t in (codebook, cluster_size, cluster_sum, sums, counts)]
     frozen = frozen if frozen is None or codebook.dim() == 3 else frozen[None]
     chosen = _backends.choose("ema", backend, *state[:4])

@@ -174,7 +174,8 @@ def _lloyd(rows: _Rows, codebook: Tensor, iterations: int) -> tuple[Tensor, Tens
         found = rows.assign(codebook, before)
         empty = found.counts == 0
         means = (found.sums / found.counts.clamp(min=1)[:, None]).to(codebook.dtype)
-        codebook = torch.where(empty[:, None], codebook, means)
+        # Sums of very large values overflow: then a code stays where it is.
+        codebook = torch.where(empty[:, None] | ~means.isfinite().all(-1, keepdim=True), codebook, means)
         if before is not None and torch.equal(before, found.indices) and not empty.any():
             break
         before = found.indices
@@ -194,7 +195,8 @@ def _mini_batch(rows: _Rows, codebook: Tensor, passes: int, batch_rows: int, gen
             seen += counts
             weight += counts[:, None]
             step = (sums.to(torch.float64) - counts[:, None] * codebook) / weight.clamp(min=1)
-            codebook = (codebook + step).to(codebook.dtype)
+            moved = (codebook + step).to(codebook.dtype)
+            codebook = torch.where(moved.isfinite().all(-1, keepdim=True), moved, codebook)
             del batch  # before the next one is read: one is in memory at a time
         codebook = _reseed(codebook, seen == 0, distance, lambda far, last=at: rows.take(last[far.to(last.device)]))
     return codebook
@@ -244,7 +246,8 @@ def _start_plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
     values = rows.take(some).to(rows.wide)
     codebook = values.new_empty(k, values.shape[1])
     codebook[0] = values[int(torch.randint(len(values), (1,), generator=generator))]
-    distance, drawn = rows.search(values, codebook[:1])[0], 1
+    # A distance beyond the dtype counts as the largest there is: nothing can be drawn in proportion to infinity.
+    distance, drawn = rows.search(values, codebook[:1])[0].clamp(max=torch.finfo(values.dtype).max), 1
     while drawn < k:
         before, drawn = drawn, _draw_codes(values, distance, codebook, drawn, min(k, drawn + max(16, drawn // 4)), generator)
         distance = torch.minimum(distance, rows.search(values, codebook[before:drawn])[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes, quantize
@@ -33,27 +32,31 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     # Codebooks that follow a moving average change right after the lookup, so the gradient into x is prepared by the op. A gather
-    # in backward would not do: a compiled graph would repeat it from the codebook as it is then (torch 2.13).
+    # in backward would not do: a compiled graph would repeat it from the codebook as it is then (torch 2.13). x is the caller's, and its
+    # second derivative asks for it.
     learns = ctx.needs_input_grad[1]
-    ctx.save_for_backward(indices, pull, *((x, codebooks) if learns else ()))
+    ctx.save_for_backward(indices, pull, x, *((codebooks,) if learns else ()))
     ctx.dtype, ctx.masked, ctx.input_count = x.dtype, mask is not None, len(inputs)
 
 
 def _backward(ctx, grad_quantized, grad_error, *_):
     """The identity into x, and the gradient of the squared errors; codes of earlier levels are constants."""
-    indices, pull, *kept = ctx.saved_tensors
+    indices, pull, x, *kept = ctx.saved_tensors
     grad_x = grad_codebooks = None
     if ctx.needs_input_grad[0]:
         grad_x = grad_quantized
         if grad_x is not None and ctx.masked:
             grad_x = torch.where((indices[0] >= 0)[..., None], grad_x, 0)
         if grad_error is not None:
+            if torch.is_grad_enabled():  # each level's rest follows x, the codes taken as constants
+                follows = len(indices) * (x - x.detach()).to(pull.dtype)
+                pull = pull + reference.where_counted(follows, indices[0])
             factor = (2 * grad_error[0]).to(pull.dtype)
             grad_x = pull * factor if grad_x is None else torch.addcmul(grad_x.to(pull.dtype), pull, factor)
             grad_x = grad_x.to(ctx.dtype)
     if ctx.needs_input_grad[1] and grad_error is not None:
-        grad_codebooks = -2 * grad_error[1] * _sums_of_errors(*kept, indices)
-        grad_codebooks = grad_codebooks.to(kept[1].dtype)
+        grad_codebooks = -2 * grad_error[1] * _sums_of_errors(x.detach(), *kept, indices)
+        grad_codebooks = grad_codebooks.to(kept[0].dtype)
     return grad_x, grad_codebooks, *(None,) * (ctx.input_count - 2)
 
 
@@ -64,7 +67,7 @@ def _sums_of_errors(x: Tensor, codebooks: Tensor, indices: Tensor) -> Tensor:
     for codebook, level in zip(codebooks, indices, strict=True):
         codes = gather(codebook, level).to(rest.dtype)
         sums.append(quantize.scatter(difference(rest, codes, level), level, codebooks.shape[2]))
-        rest = rest - codes
+        rest = rest - codes.detach()
     return torch.stack(sums)
 
 
@@ -93,7 +96,6 @@ class Residual(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return _backward(ctx, *grads)
 

@@ -39,7 +39,8 @@ def difference(x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     if _native(x, codes):
         return _border.call("straight_through", "cpu")(None, x, codes, indices, 1.0)
     rest = x - _rows(codes, indices).to(work)
-    return rest if _all_count(rest.detach(), indices) else reference.where_counted(rest, indices)
+    all_count = all_finite(rest.detach()) and (indices.numel() == 0 or bool(indices.min() >= 0))
+    return rest if all_count else reference.where_counted(rest, indices)
 
 
 def _native(x: Tensor, codes: Tensor) -> bool:
@@ -47,12 +48,11 @@ def _native(x: Tensor, codes: Tensor) -> bool:
     return not recorded and _backends.runs_on_cpu("straight_through", x, codes)
 
 
-def _all_count(rest: Tensor, indices: Tensor) -> bool:
-    """True: no row is masked or not finite. False also where looking would cost more than it saves, or may not be done."""
-    if rest.device.type != "cpu" or type(rest) is not Tensor or _border.is_traced():
+def all_finite(x: Tensor) -> bool:
+    """True: no value is NaN or Inf. False also where looking would cost more than it saves, or may not be done."""
+    if x.device.type != "cpu" or type(x) is not Tensor or _border.is_traced():
         return False
-    # A sum is finite only if all its terms are.
-    return indices.numel() == 0 or (bool(indices.min() >= 0) and bool(rest.sum().isfinite()))
+    return bool(x.sum().isfinite())  # only if all its terms are
 
 
 def _rows(codes: Tensor, indices: Tensor) -> Tensor:
