@@ -138,6 +138,13 @@ def test_soft_assignments_in_chunks(case, chunk, monkeypatch):
     assert_same(peer, ours, TOKENS, steps=3, gradients=False)
 
 
+@pytest.mark.parametrize("case", ["gumbel", "gumbel, nearest code"])
+def test_soft_assignments_among_codes_that_learn(case):
+    """The gradient of the codes is that of the chosen ones and of the logits. Frozen for the reason above."""
+    peer, ours = pair("VectorQuantize", **BASE | SOFT[case], orthogonal_reg_weight=0.5)
+    assert_same(peer, ours, TOKENS, steps=3, freeze_codebook=True)
+
+
 @pytest.mark.parametrize("case", ["diversity", "cross entropy", "cross entropy, heads", "targets"])
 def test_losses_of_codes_that_a_function_makes(case):
     """codebook_transform_fn= with the terms that compare with every code."""

@@ -77,6 +77,156 @@ def test_a_row_that_is_not_finite_stays_alone(value, kwargs):
     assert all(value.isfinite().all() for value in ours.state_dict().values())
 
 
+LEARNABLE = {"learnable_codebook": True, "ema_update": False}
+LEVELS = {"num_quantizers": 2}
+APART = {  # layers, and a call's arguments, that compare, learn or differentiate where the search leaves a row out
+    "default": ("VectorQuantize", {}, {}),
+    "learnable": ("VectorQuantize", LEARNABLE, {}),
+    "learnable, synchronous": ("VectorQuantize", LEARNABLE | {"sync_update_v": 0.3}, {}),
+    "learnable, separate heads": ("VectorQuantize", LEARNABLE | HEADS["separate heads"], {}),
+    "learnable, image": ("VectorQuantize", LEARNABLE | {"accept_image_fmap": True}, {}),
+    "orthogonal": ("VectorQuantize", {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True}, {}),
+    "in-place": ("VectorQuantize", LEARNABLE | {"in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, {}),
+    "directional": ("VectorQuantize", {"directional_reparam": True, "threshold_ema_dead_code": 2}, {}),
+    "stochastic": ("VectorQuantize", {"stochastic_sample_codes": True, "threshold_ema_dead_code": 2}, {}),
+    "gumbel": ("VectorQuantize", {"straight_through": True, "rotation_trick": False, "route_gradients_to_input": False}, {}),
+    "cosine": ("VectorQuantize", {"use_cosine_sim": True}, {}),
+    "cross entropy, heads": ("VectorQuantize", HEADS["cross entropy, heads"], {}),
+    "projection": ("VectorQuantize", {"codebook_dim": 8, "layernorm_after_project_in": True, "kmeans_init": True}, {}),
+    "projected heads": ("VectorQuantize", HEADS["projected heads"], {}),
+    "k nearest": ("VectorQuantize", {}, {"topk": 3}),
+    "own codes": ("VectorQuantize", {}, {"codebook_transform_fn": lambda codes: codes[:, None, None].repeat(1, 2, 12, 1, 1)}),
+    "residual": ("ResidualVQ", LEVELS | LEARNABLE, {}),
+    "residual, projection": ("ResidualVQ", LEVELS | {"codebook_dim": 8}, {}),
+    "residual, directional": ("ResidualVQ", LEVELS | {"diveq": True, "threshold_ema_dead_code": 2, "codebook_dim": 8}, {}),
+    "shared": ("ResidualVQ", LEVELS | {"shared_codebook": True, "threshold_ema_dead_code": 2, "codebook_dim": 8}, {}),
+    "implicit": ("ResidualVQ", LEVELS | {"implicit_neural_codebook": True}, {}),
+    "beams": ("ResidualVQ", LEVELS | {"beam_size": 2}, {}),
+    "beams, projection": ("ResidualVQ", LEVELS | {"beam_size": 2, "commitment_weight": 0.0, "codebook_dim": 8}, {}),
+    "grouped": ("GroupedResidualVQ", LEVELS | LEARNABLE | {"groups": 2}, {}),
+}
+
+
+def two_steps(layer, x, mask, count, call):
+    """Results with channels last, x's gradient, parameters' gradients, state; the objective takes the positions that count."""
+    x, image = x.clone().requires_grad_(), getattr(layer, "accept_image_fmap", False)
+    for _ in range(2):
+        torch.manual_seed(3)
+        given, valid = x, mask
+        if image:
+            given, valid = x.unflatten(1, (3, 4)).movedim(-1, 1), None if mask is None else mask.unflatten(1, (3, 4))
+        quantized, indices, loss = layer(given, mask=valid, **call)
+        quantized, indices = (quantized.movedim(1, -1).flatten(1, 2), indices.flatten(1, 2)) if image else (quantized, indices)
+        x.grad = None
+        layer.zero_grad()
+        objective = quantized[count].square().sum() + loss.sum()
+        if objective.requires_grad:
+            objective.backward()
+    grad = torch.zeros_like(x) if x.grad is None else x.grad
+    indices = indices.movedim(0, -1) if hasattr(layer, "rvqs") else indices
+    parameters = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    return quantized.detach(), indices, grad, (loss.detach(), parameters, layer.state_dict())
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", APART)
+def test_a_row_that_is_not_finite_does_what_a_masked_one_does(case, train):
+    """But for index 0 and a NaN output where no mask hides it; under a mask it is any other value."""
+    name, kwargs, call = APART[case]
+    alone, hidden, masked = (pair(name, **BASE | kwargs)[1].train(train) for _ in range(3))
+    x, bad = torch.randn(2, 12, 16), torch.zeros(2, 12, dtype=torch.bool)
+    bad[0, 5] = bad[1, 0] = True
+    spoiled = x.clone()
+    spoiled[0, 5, ::8], spoiled[1, 0, 7::8] = torch.nan, -torch.inf  # in every head and group
+    quantized, indices, grad, rest = two_steps(masked, x, ~bad, ~bad, call)
+    q, i, g, r = two_steps(alone, spoiled, None, ~bad, call)
+    assert q[bad].isnan().all() and (i[bad] == 0).all() and not g[bad].any()
+    torch.testing.assert_close((q[~bad], i[~bad], g[~bad], r), (quantized[~bad], indices[~bad], grad[~bad], rest))
+    result = two_steps(hidden, spoiled, ~bad, ~bad, call)
+    torch.testing.assert_close(result, (quantized, indices, grad, rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["learnable", "cross entropy, heads", "k nearest", "residual", "beams"])
+def test_a_row_that_is_not_finite_stays_alone_in_every_precision(case, dtype):
+    name, kwargs, call = APART[case]
+    _, ours = pair(name, **BASE | kwargs)
+    x = torch.randn(2, 12, 16).to(dtype)
+    x[0, 5] = torch.nan
+    x.requires_grad_()
+    quantized, indices, loss = ours(x, **call)
+    (quantized[1].sum() + loss.sum()).backward()
+    assert quantized[0, 5].isnan().all() and not indices[0, 5].any() and quantized.dtype == dtype
+    assert quantized[1].isfinite().all() and loss.isfinite().all() and x.grad.isfinite().all() and not x.grad[0, 5].any()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("function", [False, True], ids=["codes", "codes of a function"])
+@pytest.mark.parametrize("kwargs", [{}, HEADS["heads"], HEADS["separate heads"], HEADS["projection"]], ids=str)
+def test_diversity_is_that_of_finite_rows(kwargs, function):
+    """Masked or not: as in the other library a masked row counts here, if it is finite."""
+    _, ours = pair("VectorQuantize", **BASE | kwargs, codebook_diversity_loss_weight=1.0, codebook_diversity_temperature=3.0)
+    shared = 1 if "separate_codebook_per_head" in kwargs else kwargs.get("heads", 1)  # heads that are more batch
+
+    def spread(batch, positions):
+        """As the argument of the call: the codes themselves for every row."""
+        return lambda codes: codes[:, None, None].expand(-1, batch * shared, positions, -1, -1)
+
+    call = {"freeze_codebook": True, "return_loss_breakdown": True}
+    x, finite = torch.randn(5, 3, 16), torch.arange(15).view(5, 3) % 4 > 0
+    finite[:, 1] = False  # a position without any row
+    expected = []
+    for position in (0, 2):
+        rows = x[finite[:, position], position][:, None]
+        call["codebook_transform_fn"] = spread(len(rows), 1) if function else None
+        expected.append(ours(rows, **call)[3].codebook_diversity)
+    spoiled = torch.where(finite[..., None], x, torch.nan)
+    call["codebook_transform_fn"] = spread(5, 3) if function else None
+    for mask in (None, finite, finite & (torch.arange(3) > 1)):
+        given = spoiled.clone().requires_grad_()
+        _, indices, loss, breakdown = ours(given, mask=mask, **call)
+        torch.testing.assert_close(breakdown.codebook_diversity, sum(expected) / 2)
+        loss.backward()
+        assert given.grad[finite].any() and given.grad.isfinite().all() and not given.grad[~finite].any()
+        assert (indices[~finite] == 0).all() if mask is None else (indices[~mask] == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 16), (24, 16)], ids=["tokens", "single tokens"])
+@pytest.mark.parametrize("name, kwargs", [("VectorQuantize", {}), ("ResidualVQ", LEVELS)])
+def test_targets_of_rows_that_are_not_finite_do_not_count(name, kwargs, shape):
+    _, ours = pair(name, **BASE | kwargs)
+    x, targets = torch.randn(shape), torch.randint(0, 32, (*shape[:-1], *([2] if kwargs else [])))
+    finite = torch.arange(24).view(shape[:-1]) % 5 > 0
+    _, expected = ours(x[finite][None], indices=targets[finite][None], freeze_codebook=True)
+    given = torch.where(finite[..., None], x, torch.inf).requires_grad_()
+    quantized, entropy = ours(given, indices=targets, freeze_codebook=True)
+    torch.testing.assert_close(entropy, expected)
+    entropy.backward()
+    assert quantized[~finite].isnan().all() and given.grad.isfinite().all() and not given.grad[~finite].any()
+
+
+@pytest.mark.parametrize("case", ["learnable", "k nearest", "residual, projection"])
+def test_rows_that_are_not_finite_in_one_compiled_graph(case):
+    torch._dynamo.reset()
+    name, kwargs, call = APART[case]
+    x, count = torch.randn(2, 12, 16), torch.arange(24).view(2, 12) % 5 > 0
+    spoiled = torch.where(count[..., None], x, torch.nan)
+    eager, other = (pair(name, **BASE | kwargs)[1] for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    q, i, g, (l, *_) = two_steps(eager, spoiled, None, count, call)
+    quantized, indices, grad, (loss, *_) = two_steps(compiled, spoiled, None, count, call)
+    torch.testing.assert_close((quantized, indices, grad, loss), (q, i, g, l), equal_nan=True)
+    assert quantized[~count].isnan().all() and not indices[~count].any() and grad.isfinite().all() and loss.isfinite().all()
+
+
+def test_with_nothing_but_rows_that_are_not_finite_nothing_changes():
+    _, ours = pair("VectorQuantize", **BASE, codebook_diversity_loss_weight=1.0, commitment_use_cross_entropy_loss=True)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    _, indices, loss, grad, _ = parts(ours, torch.full((2, 5, 16), torch.nan))
+    assert loss == 0 and not grad.any() and not indices.any()
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
 def test_one_row_that_is_not_finite_ends_the_other_library_s_codebook():
     peer, _ = pair("VectorQuantize", **BASE)
     x = torch.randn(2, 64, 16)

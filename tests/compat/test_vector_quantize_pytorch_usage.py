@@ -184,6 +184,27 @@ def test_half_precision_comes_out_as_it_went_in(case, train):
         assert quantized.dtype == torch.bfloat16 and loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("layer, rows, default", [(64, 64, 32), (32, 64, 32), (64, 32, 32), (64, 64, 64), (64, 32, 64)])
+def test_gumbel_straight_through_in_float64(layer, rows, default):
+    """In float64 where x or the codes are; the gradient is that of float32 to its rounding."""
+    dtypes, grads = {32: torch.float32, 64: torch.float64}, []
+    x, codes = torch.randn(1, 5, 4), torch.randn(8, 4)
+    torch.set_default_dtype(dtypes[default])
+    try:
+        for width, given in ((32, x), (layer, x.to(dtypes[rows]))):
+            own = VectorQuantize(4, 8, straight_through=True, rotation_trick=False, route_gradients_to_input=False)
+            own = own.to(dtypes[width])
+            own.codebook = codes
+            given.requires_grad_()
+            quantized, _, loss = own(given)
+            (quantized.square().sum() + loss).backward()
+            assert quantized.dtype == given.dtype and given.grad.any()
+            grads.append(given.grad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(grads[1], grads[0], check_dtype=False)
+
+
 COPIED = {
     "default": lambda: VectorQuantize(8, 16, threshold_ema_dead_code=2, kmeans_init=True),
     "stochastic": lambda: VectorQuantize(8, 16, stochastic_sample_codes=True),
@@ -222,6 +243,22 @@ EMPTY = {
     "stochastic": (lambda: VectorQuantize(8, 16, stochastic_sample_codes=True), (2, 0, 8)),
     "cross entropy": (lambda: VectorQuantize(8, 16, commitment_use_cross_entropy_loss=True), (2, 0, 8)),
     "diversity": (lambda: VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0), (2, 0, 8)),
+    "diversity, no batch": (lambda: VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0), (0, 5, 8)),
+    "diversity, single tokens": (lambda: VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0), (0, 8)),
+    "diversity, images": (
+        lambda: VectorQuantize(8, 16, codebook_diversity_loss_weight=1.0, accept_image_fmap=True),
+        (0, 8, 3, 4),
+    ),
+    "diversity, residual": (
+        lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, codebook_diversity_loss_weight=1.0),
+        (0, 5, 8),
+    ),
+    "diversity, implicit": (
+        lambda: ResidualVQ(
+            dim=8, codebook_size=16, num_quantizers=2, codebook_diversity_loss_weight=1.0, implicit_neural_codebook=True
+        ),
+        (0, 5, 8),
+    ),
     "orthogonal": (lambda: VectorQuantize(8, 16, orthogonal_reg_weight=1.0, orthogonal_reg_active_codes_only=True), (2, 0, 8)),
     "residual": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, shared_codebook=True), (2, 0, 8)),
     "beams": (lambda: ResidualVQ(dim=8, codebook_size=16, num_quantizers=3, beam_size=2), (2, 0, 8)),

@@ -131,6 +131,7 @@ def test_wrong_masks(name):
 INDICES = {
     "float": torch.zeros(5),
     "bool": torch.zeros(5, dtype=torch.bool),
+    "uint64": torch.tensor([2**64 - 1] * 5, dtype=torch.uint64),  # would turn to -1, a masked position
     "elsewhere": torch.zeros(5, dtype=torch.int64, device="meta"),
     "list": [0] * 5,
 }

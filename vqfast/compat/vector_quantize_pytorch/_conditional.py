@@ -23,7 +23,10 @@ class RowCodes:
     """
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], condition: Tensor):
-        self.network, self.condition = network, condition.reshape(-1, condition.shape[-1])
+        condition = condition.reshape(-1, condition.shape[-1])
+        # A row that is not finite has no code, and the network must not see it: its gradient would have 0 times NaN.
+        finite = condition.detach().isfinite().all(-1, keepdim=True)
+        self.network, self.condition = network, torch.where(finite, condition, 0)
 
     def some(self, codes: Tensor, rows: slice) -> Tensor:
         """[n, K, D]: the codes of n rows; codes [K, D]."""
@@ -123,28 +126,31 @@ def cross_entropy(codebook: Codebook, rows: Tensor, codes: Tensor, transform, ta
     return torch.stack(sums).sum() / (targets != -1).sum().clamp(min=1)
 
 
-def diversity(codebook: Codebook, rows: Tensor, codes: Tensor, transform, temperature: float) -> Tensor:
+def diversity(codebook: Codebook, rows: Tensor, codes: Tensor, transform, temperature: float, counts: Tensor | None) -> Tensor:
     """`_plain.diversity` among the codes that `transform` makes; rows [B, C, N, D] by position."""
     b, c, n, d = rows.shape
+    if rows.numel() == 0:
+        return _plain.nothing(rows)
+    weights, number = _plain.weights_of(rows, counts)
     cosine, step = codebook.use_cosine_sim, _step(codes[0])
     width = max(1, min(n, step))  # positions at once; and so many elements of the batch, where these hold all positions:
     batch = max(1, step // n) if width == n else 1
-    groups, entropies = list(_groups(rows, codes, transform)), [rows.new_zeros(())]
+    groups, entropies = list(_groups(rows, codes, transform, weights)), [rows.new_zeros(())]
     for first in range(0, n, width):
         own_width, parts = min(width, n - first), []
-        for source, group, own in groups:
+        for source, group, own, weight in groups:
             for start in range(0, b, batch):
                 last = min(start + batch, b) - 1
                 part = slice(start * n + first, last * n + first + own_width)
 
-                def shares(rows, codes, source=source, part=part, positions=own_width):
+                def shares(rows, codes, weight, source=source, part=part, positions=own_width):
                     prob = (_scores(rows, source.some(codes, part), cosine) * temperature).softmax(-1)
-                    return prob.unflatten(0, (-1, positions)).sum(0)
+                    return (prob * weight[:, None]).unflatten(0, (-1, positions)).sum(0)
 
-                parts.append(_plain.again_in_backward(shares, group[part], own))
-        mean = torch.stack(parts).sum(0) / (b * c)
+                parts.append(_plain.again_in_backward(shares, group[part], own, weight[part]))
+        mean = torch.stack(parts).sum(0)
         entropies.append(-(mean * mean.clamp(min=1e-5).log()).sum())
-    return -torch.stack(entropies).sum() / max(n, 1)
+    return -torch.stack(entropies).sum() / number
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.ops.straight_through import all_finite
+
 # Norms under this do not divide; the value is the other library's.
 _EPS = 1e-6
 
@@ -39,7 +41,8 @@ class RotateTo(torch.autograd.Function):
     """out = target; d out / d source is the rotation and scaling that takes source to target.
 
     With u = source / |source|, q = target / |target|, w = (u + q) / |u + q| and s = |target| / |source|, all constants:
-    out = s (I - 2 w w' + 2 q u') source, so a gradient g becomes s (g - 2 w (w.g) + 2 u (q.g)).
+    out = s (I - 2 w w' + 2 q u') source, so a gradient g becomes s (g - 2 w (w.g) + 2 u (q.g)). Where source or
+    target is not finite there is no rotation, and the gradient passes as it is: under a mask it is 0, and stays so.
 
     Source: Fifty et al. 2024, section 4.2 (arXiv 2410.06424).
     """
@@ -64,7 +67,10 @@ class RotateTo(torch.autograd.Function):
         w = w / _length(w).clamp(min=_EPS)
         along_w = (w * grad).sum(-1, keepdim=True)
         along_q = (q * grad).sum(-1, keepdim=True)
-        return (scale * (grad - 2 * along_w * w + 2 * along_q * u)).to(grad.dtype), None
+        rotated = (scale * (grad - 2 * along_w * w + 2 * along_q * u)).to(grad.dtype)
+        if all_finite(length + goal):
+            return rotated, None
+        return torch.where(length.isfinite() & goal.isfinite(), rotated, grad), None
 
 
 def _length(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.ops import _shapes
+from vqfast.ops.straight_through import all_finite
 
 
 def channels_last(x: Tensor, dim: int, *, channel_first: bool, spatial: int | None) -> Tensor:
@@ -69,6 +70,22 @@ def by_position(rows: Tensor, leading: tuple[int, ...], heads: int, separate: bo
     if len(leading) == 1:
         return rows[0].transpose(0, 1)[:, :, None]
     return rows.unflatten(2, (heads, -1)).flatten(0, 2)[:, None] if heads > 1 and not separate else rows
+
+
+def finite_of(x: Tensor) -> Tensor | None:
+    """[...] bool: the positions of x [..., D] that are finite; None where a look, cheap on a CPU, finds no others."""
+    x = x.detach()
+    return None if all_finite(x) else x.isfinite().all(-1)
+
+
+def where_finite(x: Tensor, finite: Tensor | None, other: float) -> Tensor:
+    """x [..., D] with `other` at the positions that `finite`, as of `finite_of`, leaves out; no gradient passes there."""
+    return x if finite is None else torch.where(finite[..., None], x, other)
+
+
+def over(mask: Tensor, t: Tensor) -> Tensor:
+    """A mask of the first axes of t, with axes of size 1 for the others."""
+    return mask.reshape(*mask.shape, *(1,) * (t.dim() - mask.dim()))
 
 
 def mask_of(x: Tensor, leading: tuple[int, ...], mask: Tensor | None, lens: Tensor | None) -> Tensor | None:

@@ -73,11 +73,12 @@ def pick(rows: Tensor, codes: Tensor, cosine: bool, *, temperature: float | None
 
 
 def soft_codes(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
-    """softmax(logits / temperature) @ codes, [B, C, N, D]; differentiable in both."""
+    """softmax(logits / temperature) @ codes, [B, C, N, D]; differentiable in both, in codes through the logits alone."""
     b, c, n, d = rows.shape
 
     def mean(part, own):
-        return (logits(part, own, cosine) / temperature).softmax(-1) @ own.to(torch.float32)
+        shares = (logits(part, own, cosine) / temperature).softmax(-1)
+        return shares @ own.detach().to(shares.dtype)
 
     flat = rows.transpose(0, 1).reshape(c, b * n, d)
     out = [
@@ -105,24 +106,47 @@ def cross_entropy(rows: Tensor, codes: Tensor, targets: Tensor, cosine: bool) ->
     return torch.stack(sums).sum() / (targets != -1).sum().clamp(min=1)
 
 
-def diversity(rows: Tensor, codes: Tensor, cosine: bool, temperature: float) -> Tensor:
-    """Minus the mean over positions n of the entropy (nats) of the batch's mean of softmax(logits * temperature)."""
-    b, c, n, d = rows.shape
+def diversity(rows: Tensor, codes: Tensor, cosine: bool, temperature: float, counts: Tensor | None = None) -> Tensor:
+    """Minus the mean over positions n of the entropy (nats) of the batch's mean of softmax(logits * temperature).
 
-    def shares(part, own):  # [b', n', D] -> [n', K]
-        return (logits(part, own, cosine) * temperature).softmax(-1).sum(0)
+    counts: bool [B, C, N], which rows do; None = all. A position where none does is left out; 0 without any.
+    """
+    b, c, n, d = rows.shape
+    if rows.numel() == 0:
+        return nothing(rows)
+    weights, number = weights_of(rows, counts)
+
+    def shares(part, own, weights):  # [b', n', D] -> [n', K]
+        prob = (logits(part, own, cosine) * temperature).softmax(-1)
+        return prob.sum(0) / (b * c) if counts is None else (prob * weights[..., None]).sum(0)
 
     at_once = _chunk_rows(codes)
     positions, batch = max(1, at_once // (b * c)), min(b, at_once)
 
-    def entropy(part, *own):  # [b, C, n', D] -> []
-        parts = [again_in_backward(shares, p, o) for g, o in enumerate(own) for p in part[:, g].split(batch)]
-        mean = torch.stack(parts).sum(0) / (b * c) if len(parts) > 1 else parts[0] / (b * c)
+    def entropy(part, weights, *own):  # [b, C, n', D], [b, C, n'] -> []
+        parts = [
+            again_in_backward(shares, p, o, w)
+            for g, o in enumerate(own)
+            for p, w in zip(part[:, g].split(batch), weights[:, g].split(batch), strict=True)
+        ]
+        mean = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return -(mean * mean.clamp(min=1e-5).log()).sum()
 
-    own = codes.unbind(0)
-    parts = [again_in_backward(entropy, part, *own) for part in rows.split(positions, dim=2)]
-    return -torch.stack(parts).sum() / max(n, 1)
+    chunks = zip(rows.split(positions, dim=2), weights.split(positions, dim=2), strict=True)
+    parts = [again_in_backward(entropy, *chunk, *codes.unbind(0)) for chunk in chunks]
+    return -torch.stack(parts).sum() / number
+
+
+def weights_of(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each row's share in the mean of its position, [B, C, N], 0 where it does not count; number of positions that have one."""
+    counts = torch.ones(rows.shape[:3], dtype=torch.bool, device=rows.device) if counts is None else counts
+    number = counts.sum((0, 1))
+    return counts / number.clamp(min=1), (number > 0).sum().clamp(min=1)
+
+
+def nothing(rows: Tensor) -> Tensor:
+    """The loss of no rows: 0, float32 or wider."""
+    return rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def orthogonality(codes: Tensor) -> Tensor:

@@ -238,11 +238,15 @@ class ResidualVQ(Residual):
         original = _layout.channels_last(x, self.dim, channel_first=self._channel_first, spatial=spatial)
         leading = tuple(original.shape[:-1])
         mask = _layout.mask_of(x, leading, mask, None)
-        inner = self.project_in(original)
+        # The levels keep rows apart that are not finite; no gradient of what stands around them may meet one.
+        meets = torch.is_grad_enabled() and (self.has_projections or self.diveq)
+        finite = _layout.finite_of(original) if meets else None
+        inner = self.project_in(_layout.where_finite(original, finite, 0.0))
+        inner = _layout.where_finite(inner, finite, torch.nan)
         beam_size = (self.beam_size if self.training else self.eval_beam_size) if beam_size is None else beam_size
         call = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook}
         if indices is not None:
-            return self._cross_entropy(x, inner, original, indices, call)
+            return self._cross_entropy(x, inner, original, indices, call, finite)
         levels = self._levels(x.device, rand_quantize_dropout_fixed_seed)
         if beam_size is not None and beam_size > 1:
             quantized, found, losses, inputs = self._beam_search(inner, levels, beam_size, call)
@@ -254,11 +258,13 @@ class ResidualVQ(Residual):
         found = self._stacked(found)
         losses = losses if isinstance(losses, Tensor) else self._stacked(losses, 0)
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        result = (self._output(x, inner, original, quantized, mask), found, losses)
+        result = (self._output(x, inner, original, quantized, mask, finite), found, losses)
         return (*result, self.get_codes_from_indices(found)) if return_all_codes else result
 
-    def _output(self, x: Tensor, inner: Tensor, original: Tensor, quantized: Tensor, mask: Tensor | None) -> Tensor:
+    def _output(self, x, inner, original, quantized, mask: Tensor | None, finite: Tensor | None) -> Tensor:
+        inner, quantized = (_layout.where_finite(t, finite, 0.0) for t in (inner, quantized))
         out = self.project_out(directional_reparam(inner, quantized) if self.diveq else quantized)
+        out = _layout.where_finite(out, finite, torch.nan)
         if mask is not None:
             out = torch.where(mask[..., None], out, torch.zeros_like(out) if self.return_zeros_for_masked_padding else original)
         return _layout.channels_back(out.to(x.dtype), x, self._channel_first)
@@ -302,7 +308,7 @@ class ResidualVQ(Residual):
         losses = torch.zeros(len(found), dtype=self.layers[0].zero.dtype, device=inner.device)
         return step.quantized.reshape(inner.shape), found, losses, []
 
-    def _cross_entropy(self, x: Tensor, inner: Tensor, original: Tensor, indices, call: dict) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, x, inner, original, indices, call: dict, finite: Tensor | None) -> tuple[Tensor, Tensor]:
         indices = torch.stack(indices) if isinstance(indices, list) else indices
         require(
             indices.shape[-1] == self.num_quantizers and not bool((indices == -1).any()),
@@ -314,7 +320,7 @@ class ResidualVQ(Residual):
             quantized, own = layer(rest, indices=indices[..., level], codebook_transform_fn=transform, **call)
             rest = rest - frac_gradient(quantized, self.quant_grad_frac)
             total, entropy = total + quantized, entropy + own
-        return self._output(x, inner, original, total, call["mask"]), entropy
+        return self._output(x, inner, original, total, call["mask"], finite), entropy
 
     @torch.no_grad()
     def _learn_shared(self, inputs: list[Tensor], mask: Tensor | None, freeze: bool | None) -> None:
@@ -351,7 +357,8 @@ class ResidualVQ(Residual):
                 beams = beams.take(beams.scores.topk(kept, dim=-1).indices)
         best = _Beams(*(t.select(inner.dim() - 1, 0) for t in beams))
         found, inputs, mask = list(best.indices.unbind(-1)), list(best.inputs.unbind(-2)), call["mask"]
-        valid = torch.ones(inner.shape[:-1], dtype=torch.bool, device=inner.device) if mask is None else mask
+        valid = inner.detach().isfinite().all(-1)
+        valid = valid if mask is None else valid & mask
         losses = torch.where(valid[..., None], best.losses, 0).flatten(0, -2).sum(0) / valid.sum().clamp(min=1)
         freeze = call["freeze_codebook"]
         if self.training and not (self.layers[0].freeze_codebook if freeze is None else freeze):
@@ -365,7 +372,8 @@ class ResidualVQ(Residual):
         transform = self._transform(level, beams.quantized)
         quantized, own, loss = self.layers[level](given, topk=width, codebook_transform_fn=transform, **call)
         if loss.dim() == 0:  # a layer without commitment loss in training
-            loss = (quantized.detach() - given[..., None, :]).square().mean(-1)
+            error = quantized.detach() - given[..., None, :]
+            loss = _layout.where_finite(error, _layout.finite_of(error), 0.0).square().mean(-1)
         inputs = torch.cat((beams.inputs, given[..., None, :].to(beams.inputs.dtype)), -2) if self.training else beams.inputs
 
         def joined(t: Tensor) -> Tensor:  # [..., J, k, *] -> [..., J * k, *]

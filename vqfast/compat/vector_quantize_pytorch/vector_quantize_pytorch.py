@@ -400,8 +400,12 @@ class VectorQuantize(nn.Module):
         inner = self._channels_last(x)
         leading = tuple(inner.shape[:-1])
         mask = _layout.mask_of(x, leading, mask, lens)
-        rows = self._rows(self.project_in(inner))
-        valid = None if mask is None else _layout.rows_mask(mask, self.heads, self.separate_codebook_per_head)
+        # Positions that are not finite are masked, too, where the search alone would not keep them apart.
+        apart = topk is not None or indices is not None or codebook_transform_fn is not None or self._keeps_apart(inner)
+        finite = _layout.finite_of(inner) if apart else None
+        counts = finite if mask is None else mask if finite is None else mask & finite
+        rows = self._rows(self.project_in(_layout.where_finite(inner, finite, 0.0)))
+        valid = None if counts is None else _layout.rows_mask(counts, self.heads, self.separate_codebook_per_head)
 
         book, repeated = self._codebook, rerun_in_backward()
         if not repeated:
@@ -430,15 +434,28 @@ class VectorQuantize(nn.Module):
             codes, found = search(rows)
 
         quantized = self._route(rows, found, topk, x.requires_grad)
-        output = self._output(quantized, inner, x, leading, mask, topk)
+        output = self._output(quantized, inner, x, leading, mask, finite)
         if indices is not None:
-            aims = _layout.rows_of(indices.reshape(*leading, self.heads), self.heads, self.separate_codebook_per_head)
+            aims = indices.reshape(*leading, self.heads)
+            aims = aims if finite is None else aims.masked_fill(~finite[..., None], -1)
+            aims = _layout.rows_of(aims, self.heads, self.separate_codebook_per_head)
             return output, self._cross_entropy(rows, codes, aims[..., 0], codebook_transform_fn)
 
-        loss, breakdown = self._losses(rows, codes, found, leading, freeze, topk, codebook_transform_fn)
+        loss, breakdown = self._losses(rows, codes, found, leading, freeze, topk, codebook_transform_fn, finite)
         breakdown = breakdown._replace(inplace_optimize=in_place_loss)
-        result = (output, self._unrows(found.indices, leading), loss)
+        chosen = self._unrows(found.indices, leading)
+        if finite is not None:
+            chosen = chosen.masked_fill(_layout.over(~finite if mask is None else ~finite & mask, chosen), 0)
+        result = (output, chosen, loss)
         return (*result, breakdown) if return_loss_breakdown else result
+
+    def _keeps_apart(self, inner: Tensor) -> bool:
+        """Whether an option of this layer compares, learns or differentiates where the search alone leaves rows out."""
+        book = self._codebook
+        compares = book.stochastic or book.straight_through or self.has_codebook_diversity_loss
+        compares = compares or self.commitment_use_cross_entropy_loss or self.directional_reparam
+        differentiates = self.has_projections or (self.use_cosine_sim and inner.requires_grad)
+        return book.learnable_codebook or (self.training and compares) or (torch.is_grad_enabled() and differentiates)
 
     def _check_topk(self, topk: int | None) -> int | None:
         if topk is None:
@@ -483,17 +500,19 @@ class VectorQuantize(nn.Module):
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
         return quantized
 
-    def _output(self, quantized, inner, x, leading, mask, topk) -> Tensor:
-        """Join heads, project, blank what is masked, and return to x's layout and dtype."""
+    def _output(self, quantized, inner, x, leading, mask, finite) -> Tensor:
+        """Join heads, project, mark what is not finite, blank what is masked, and return to x's layout and dtype."""
         out = self._unrows(quantized, leading)
         out = self.project_out(out if self.heads == 1 else out.flatten(-2)).to(x.dtype)
+        if finite is not None:
+            out = torch.where(_layout.over(finite, out), out, torch.nan)
         if mask is not None:
             blank = torch.zeros_like(inner) if self.return_zeros_for_masked_padding else inner
-            mask, blank = (mask[..., None], blank) if topk is None else (mask[..., None, None], blank[..., None, :])
-            out = torch.where(mask, out, blank)
+            blank = blank if out.dim() == inner.dim() else blank[..., None, :]
+            out = torch.where(_layout.over(mask, out), out, blank)
         return _layout.channels_back(out, x, self._channel_first)
 
-    def _losses(self, rows, codes, found, leading, freeze, topk, transform) -> tuple[Tensor, LossBreakdown]:
+    def _losses(self, rows, codes, found, leading, freeze, topk, transform, finite) -> tuple[Tensor, LossBreakdown]:
         zero = self.zero.to(torch.promote_types(self.zero.dtype, torch.float32), copy=True)
         if not self.training and topk is None:
             return zero, LossBreakdown(zero, zero, zero, zero)
@@ -510,8 +529,7 @@ class VectorQuantize(nn.Module):
         else:
             loss = zero
         if self.training and self.has_codebook_diversity_loss:
-            positions = _layout.by_position(rows, leading, self.heads, self.separate_codebook_per_head)
-            diversity = self._diversity(positions, codes, transform)
+            diversity = self._diversity(rows, codes, leading, transform, finite)
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if self.training and self.has_codebook_orthogonal_loss:
             orthogonal = self._orthogonal(found)
@@ -525,10 +543,16 @@ class VectorQuantize(nn.Module):
             return _plain.cross_entropy(rows, codes, aims, self.use_cosine_sim)
         return _conditional.cross_entropy(self._codebook, rows, codes, transform, aims)
 
-    def _diversity(self, positions: Tensor, codes: Tensor, transform) -> Tensor:
+    def _diversity(self, rows: Tensor, codes: Tensor, leading: tuple[int, ...], transform, finite: Tensor | None) -> Tensor:
+        """Of all rows that are finite; masked ones count, as in the other library."""
+        heads, temperature = (self.heads, self.separate_codebook_per_head), self.codebook_diversity_temperature
+        positions, counts = _layout.by_position(rows, leading, *heads), None
+        if finite is not None:
+            counts = _layout.rows_mask(finite, *heads)[:, None, :, None].expand(*rows.shape[:3], 1)
+            counts = _layout.by_position(counts, leading, *heads)[..., 0]
         if transform is None:
-            return _plain.diversity(positions, codes, self.use_cosine_sim, self.codebook_diversity_temperature)
-        return _conditional.diversity(self._codebook, positions, codes, transform, self.codebook_diversity_temperature)
+            return _plain.diversity(positions, codes, self.use_cosine_sim, temperature, counts)
+        return _conditional.diversity(self._codebook, positions, codes, transform, temperature, counts)
 
     def _commitment(self, rows: Tensor, found: Found, freeze: bool) -> Tensor:
         """Mean squared error; its gradient reaches the codes, too, where they are learnable and not frozen."""
