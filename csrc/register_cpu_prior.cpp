@@ -111,7 +111,11 @@ Tensor masked_conv_cpu(Tensor x, Tensor weight, Optional bias, bool include_cent
   STD_TORCH_CHECK(weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1, "masked_conv: kernel sizes must be odd.");
   const vqfast::MaskedConvShape s{x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2), weight.size(3), dilation, maps, include_center};
   const Tensor w = torch::stable::contiguous(weight);
-  if (bias) check(*bias, ScalarType::Float, "masked_conv: bias", "float32"), check_size(*bias, s.out_channels, "masked_conv: bias");
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float, "masked_conv: the cpu backend takes float32, bias is not; cast it.");
+    check_size(*bias, s.out_channels, "masked_conv: bias");
+    bias = torch::stable::contiguous(*bias);
+  }
   Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels, s.height, s.width});
   if (out.numel() == 0) return out;
   const int64_t panels = (s.out_channels + vqfast::kPanel - 1) / vqfast::kPanel;
@@ -178,6 +182,7 @@ Tensor gate_cpu(Tensor x, Optional vector, int64_t kind) {
 Tensor gate_backward_cpu(Tensor grad, Tensor x, Optional vector, int64_t kind) {
   const GateShape s = gate_shape(x, vector);
   if (vector) vector = torch::stable::contiguous(*vector);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "gate_backward: grad must be float32, as x is; cast it.");
   check_size(grad, s.batch * s.channels * s.plane, "gate_backward: grad");
   const Tensor dense = torch::stable::contiguous(x), dense_grad = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_empty(x, {s.batch, 2 * s.channels, x.size(2), x.size(3)});

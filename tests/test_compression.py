@@ -68,6 +68,14 @@ def test_hierarchy_round_trip_with_labels():
         assert torch.equal(got, want)
 
 
+def test_a_single_code_costs_nothing():
+    prior, codes = build(codebook_size=1), torch.zeros(2, 3, 4, dtype=torch.int64)
+    streams = c.compress_codes(prior, codes)
+    assert streams == [b"", b""] and torch.equal(c.decompress_codes(prior, streams, 3, 4), codes)
+    with pytest.raises(c.CompressedFileError, match="single code"):
+        c.decompress_codes(prior, [b"", bytes(4)], 3, 4)
+
+
 def test_probabilities_are_a_softmax_whatever_the_batch():
     logits = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * 5
     got = c.probabilities(logits)
@@ -128,4 +136,38 @@ def test_other_model_prior_or_arithmetic_is_refused(written):
     start = content[:10] + struct.pack("<I", len(text)) + text
     path.write_bytes(start + struct.pack("<I", zlib.crc32(start)) + content[18 + length :])
     with pytest.raises(c.CompressedFileError, match="prior|arithmetic"):
+        c.read_compressed(path, model="m" * 64, prior=prior)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{", b'{"model": "\xff"}', b"[" * 200_000, b"[]", {"codebook_sizes": 5}, {"codebook_sizes": [6]}, {"pictures": "2"}],
+    ids=range(7),
+)
+def test_forged_headers_are_refused(written, text):
+    """The checksum is right."""
+    path, prior, _ = written
+    content = path.read_bytes()
+    length = struct.unpack("<I", content[10:14])[0]
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(content[14 : 14 + length]) | text).encode()
+    start = content[:10] + struct.pack("<I", len(text)) + text
+    path.write_bytes(start + struct.pack("<I", zlib.crc32(start)) + content[18 + length :])
+    with pytest.raises(c.CompressedFileError, match=path.name):
+        c.read_compressed(path, model="m" * 64, prior=prior)
+
+
+@pytest.mark.parametrize(
+    "forged, why",
+    [
+        (dict(label=3), "label 3"),
+        (dict(label=-2), "label -2"),
+        (dict(width=400_000, height=400_000), "400000x400000"),
+        (dict(levels=[(100_000, 100_000, b""), (3, 2, b"")]), "100000"),
+    ],
+)
+def test_forged_pictures_are_refused(written, forged, why):
+    path, prior, pictures = written
+    c.write_compressed(path, [pictures[0]._replace(**forged)], model="m" * 64, prior=prior)
+    with pytest.raises(c.CompressedFileError, match=why):
         c.read_compressed(path, model="m" * 64, prior=prior)

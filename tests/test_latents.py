@@ -54,6 +54,14 @@ def test_what_is_no_file_of_rows(tmp_path):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(DataFileError, match=name):
             open_latents(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "no_width.npy", np.ones((3, 0), np.float32))
+    np.save(tmp_path / "bracket.npy", np.ones((3, 2), np.float32))
+    (tmp_path / "bracket.npy").write_bytes((tmp_path / "bracket.npy").read_bytes().replace(b"(3, 2)", b"(3, 2 "))
+    safetensors.save_file({"values": torch.ones(3, 0)}, tmp_path / "no_width.safetensors")
+    safetensors.save_file({"values": torch.ones(3, 2).to(torch.float8_e5m2)}, tmp_path / "float8.safetensors")
+    for name in ("no_width.npy", "bracket.npy", "no_width.safetensors", "float8.safetensors"):
+        with pytest.raises(DataFileError, match=name):
+            open_latents(tmp_path / name)
     np.save(tmp_path / "cut.npy", np.ones((100, 4), np.float32))
     whole = (tmp_path / "cut.npy").read_bytes()
     (tmp_path / "cut.npy").write_bytes(whole[:-100])

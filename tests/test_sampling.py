@@ -4,12 +4,13 @@ cannot do harm."""
 import ctypes
 import functools
 import itertools
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from check import ULP, close, same, same_bits
+from check import ULP, close, run_python, same, same_bits
 from torch.nn import functional as F
 
 import vqfast  # noqa: F401  (defines the ops)
@@ -167,6 +168,59 @@ def test_scoring_stepping_and_drawing_have_the_same_logits(kind):
         slow = canonical_logits(prior, tokens, **given)
     same_bits(logits, slow[0])
     same_bits(log_prob, slow[1])
+
+
+SHORTAGE = """
+import resource, sys, torch
+from vqfast.models.pixelcnn import GatedPixelCNN
+from vqfast.models.sampling import compile_prior
+from vqfast.ops import sample as op
+
+k, step, most, enough = map(int, sys.argv[1:])
+program = compile_prior(GatedPixelCNN(codebook_size=k, channels=2, layers=1, head_channels=2, first_kernel_size=3))
+workspace = torch.empty(op.workspace_size(program.words, 2, 1, 3))
+
+def draw():
+    tokens = torch.full((2, 1, 3), -1)
+    op.run_program(program.words, program.weights, tokens, workspace=workspace, top_k=9, seed=1, backend="cpu")
+    return tokens
+
+def mapped():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+
+torch.set_num_threads(1)
+wanted, outcomes = draw(), []
+torch.set_num_threads(8)
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+for spare in range(2, most, step):
+    resource.setrlimit(resource.RLIMIT_AS, (mapped() + spare * 2**20, hard))
+    try:
+        got = draw()
+    except MemoryError:
+        got = None
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    outcomes.append(got is not None)
+    assert got is None or torch.equal(got, wanted), spare
+    if sum(outcomes) == enough:
+        break
+print(outcomes)
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="platform: the script reads /proc and limits its address space")
+
+
+@native
+@linux
+def test_threads_that_cannot_be_started_are_done_without():
+    """Room for hardly one more stack, then for a few: the same codes, from however many threads there are."""
+    assert run_python(SHORTAGE, str(K), "7", "64", "4") == "[True, True, True, True]\n"
+
+
+@native
+@linux
+def test_memory_that_runs_out_is_an_ordinary_error():
+    """Each thread needs 40 MiB beside its stack, so with growing room it is another one's that is missing."""
+    outcomes = run_python(SHORTAGE, str(2**20), "20", "700", "1")
+    assert outcomes.startswith("[False, ") and outcomes.endswith(", True]\n"), outcomes
 
 
 @native
@@ -387,16 +441,26 @@ def test_empty_batch():
         (dict(temperature=-1.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(top_p=0.0), "top_p"),
-        (dict(top_k=-1), "top_k"),
+        (dict(top_p=7.0), "top_p"),
+        (dict(top_k=-2), "top_k"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(batch_size=-3), "batch_size"),
+        (dict(lookahead=0), "lookahead"),
         (dict(mode="fast"), "mode"),
         (dict(given=torch.zeros(1, 1, 1, dtype=torch.int64)), "given"),
         (dict(given=torch.full((COUNT, HEIGHT, WIDTH), K)), "given"),
     ],
     ids=lambda v: "",
 )
-def test_errors(options, says):
+@pytest.mark.parametrize("mode", MODES)
+def test_errors(mode, options, says):
     with pytest.raises(ValueError, match=says):
-        draw(build(GatedPixelCNN), **options)
+        draw(build(GatedPixelCNN), **{"mode": mode, **options})
+
+
+def test_the_bar_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert torch.equal(draw(build(GatedPixelCNN), progress=True), draw(build(GatedPixelCNN)))
 
 
 @native

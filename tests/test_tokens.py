@@ -166,7 +166,10 @@ def test_the_forgery_helper_makes_valid_files(tmp_path):
         b'{"model": "x", "codebook_sizes": [0]}',
         b'{"model": "x", "codebook_sizes": [true]}',
         b"nojson",
+        b'{"model": "\xff"}',
+        b"[" * 200_000,
     ],
+    ids=range(9),
 )
 def test_forged_headers_are_refused(tmp_path, header):
     _forge(tmp_path / "t.vqt", b"", sizes=header)
@@ -193,6 +196,38 @@ def test_the_writer_refuses_what_the_reader_would(tmp_path, levels):
     with pytest.raises(ValueError), TokenWriter(tmp_path / "t.vqt", model="x", codebook_sizes=[5]) as writer:
         writer.write("a", 1, 1, levels)
     assert not list(tmp_path.iterdir()), "a failed file must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    "width, height, indices, error",
+    [
+        (1, 1, np.array([1.7]), TypeError),
+        (1, 1, np.array([True]), TypeError),
+        (1, 1, np.array([1j]), TypeError),
+        (1.5, 1, np.array([1]), TypeError),
+        (-1, 1, np.array([1]), ValueError),
+        (1, 2**33, np.array([1]), ValueError),
+    ],
+)
+def test_the_writer_stores_nothing_else_than_it_was_given(tmp_path, width, height, indices, error):
+    with pytest.raises(error), TokenWriter(tmp_path / "t.vqt", model="x", codebook_sizes=[5]) as writer:
+        writer.write("a", width, height, [indices])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(codebook_sizes=[]), dict(codebook_sizes=[2**48]), dict(codebook_sizes=[4.5]), dict(model=5), dict(info={"x": "y" * 2**20})],
+    ids=range(5),
+)
+def test_the_writer_refuses_headers_that_the_reader_would(tmp_path, options):
+    with pytest.raises((TypeError, ValueError)):
+        TokenWriter(tmp_path / "t.vqt", **{"model": "x", "codebook_sizes": [5], **options})
+
+
+def test_names_that_are_not_utf8_are_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="rename the picture"), TokenWriter(tmp_path / "t", model="x", codebook_sizes=[5]) as t:
+        t.write("caf\udce9", 1, 1, [np.array([1])])
 
 
 def test_an_interrupted_writer_leaves_the_old_file(tmp_path):

@@ -15,7 +15,7 @@ from vqfast.train.config import ConfigError, assigned, config_from, read_toml
 from vqfast.train.log import read_metrics
 from vqfast.train.priors import begin_priors, find_priors, prior_preset_values, read_description, resume_priors
 from vqfast.train.ranks import Ranks
-from vqfast.train.runs import begin_run, find_model
+from vqfast.train.runs import begin_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TINY = {
@@ -96,8 +96,9 @@ def test_a_toml_file_says_it_all(work, tmp_path):
         assert (place / "plots" / "training.svg").exists()
         judged = json.loads((place / "held_out.json").read_text())
         assert 0 < judged["bits_per_code"] and judged["uniform"] == pytest.approx(torch.tensor([9.0, 6.0]).log2()[level])
-        found, config, _ = find_model(place)
-        assert config.kind == "snail" and torch.equal(found.logits.weight, prior.priors[level].logits.weight)
+        found = load_pretrained(place / "model")
+        assert json.loads((place / "config.json").read_text())["model"]["kind"] == "snail"
+        assert torch.equal(found.logits.weight, prior.priors[level].logits.weight)
 
 
 def interrupt(level: int, step: int, number: int):
@@ -144,6 +145,7 @@ def test_a_run_can_be_made_longer_but_not_become_another(work, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="another model's codes"):
         resume_priors(out, {"codes": {"model": str(tmp_path / "other")}}, say=quiet)
+    resume_priors(out, {"train": {"steps": 7}}, say=quiet)  # what was refused has left no trace
     with pytest.raises(ConfigError, match="nothing to resume"):
         resume_priors(tmp_path / "none", {}, say=quiet)
     with pytest.raises(ConfigError, match="already holds a run"):

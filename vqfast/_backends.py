@@ -22,6 +22,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()
 
 
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run an op; the message says why."""
+
+
 # ---- native libraries ------------------------------------------------------------------------------------------------------
 
 
@@ -57,13 +61,20 @@ def _set_cpu_level(path: Path) -> str:
 
 def load_native() -> None:
     """Load the libraries that exist; called once, by `import vqfast`."""
-    if os.environ.get("VQFAST_BACKEND") != "reference" and _load("_C_cpu"):
-        warnings.warn(
-            "vqfast runs on its slow reference backend: " + _load("_C_cpu") + ". Install g++ and reinstall vqfast for the"
-            " fast CPU kernels.",
-            stacklevel=3,
-        )
+    with contextlib.suppress(ValueError):  # a wrong VQFAST_CPU_LEVEL: the first op says so, and every command
+        if os.environ.get("VQFAST_BACKEND") != "reference" and _load("_C_cpu"):
+            warnings.warn(
+                "vqfast runs on its slow reference backend: " + _load("_C_cpu") + ". Install g++ and reinstall vqfast for the"
+                " fast CPU kernels.",
+                stacklevel=3,
+            )
     _load("_C_cuda")
+
+
+def check_environment() -> None:
+    """Raises ValueError when VQFAST_BACKEND or VQFAST_CPU_LEVEL has a value that no op could heed."""
+    _forced()
+    _load("_C_cpu")
 
 
 def cpu_level() -> str | None:
@@ -230,7 +241,7 @@ def use_backend(backend: str):
 
 
 def _forced() -> str | None:
-    backend = getattr(_local, "forced", None) or os.environ.get("VQFAST_BACKEND", "auto")
+    backend = getattr(_local, "forced", None) or os.environ.get("VQFAST_BACKEND") or "auto"
     if backend == "auto":
         return None
     _check_name(backend, "VQFAST_BACKEND")
@@ -252,7 +263,7 @@ def choose(family: str, backend: str | None, *tensors: torch.Tensor) -> str:
 
     Raises:
         ValueError: the name is not known.
-        RuntimeError: a forced backend cannot run; the message says why.
+        BackendError: a forced backend cannot run; the message says why.
     """
     return _choose(family, backend, *_metadata(tensors))
 
@@ -264,7 +275,7 @@ def _choose(family: str, backend: str | None, device: str, dtypes: tuple[torch.d
     if forced is not None:
         found = _reasons(family, forced, device, dtypes)
         if found:
-            raise RuntimeError(
+            raise BackendError(
                 f"{family} cannot run on backend {forced!r}: {'; '.join(found)}. Choose another backend, or leave the"
                 " choice to vqfast."
             )
@@ -291,7 +302,10 @@ def explain(family: str, *tensors: torch.Tensor) -> str:
     """
     if family not in _border.families():
         raise ValueError(f"{family!r} is not an op family; use one of {', '.join(_border.families())}.")
-    lines = [f"{family}: runs on {choose(family, None, *tensors)}"]
+    try:
+        lines = [f"{family}: runs on {choose(family, None, *tensors)}"]
+    except BackendError as error:
+        lines = [f"{family}: {error}"]
     for backend in BACKENDS:
         found = reasons(family, backend, *tensors)
         lines.append(f"  {backend:<10}" + ("can run" if not found else "cannot: " + "; ".join(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,14 +21,16 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     the temporary file is removed and whatever was at ``path`` before is untouched.
 
     Args:
-        path: the final name; its folder is created.
+        path: the final name; its folder is created. A link stays and its target is written.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: there is something other than a file, the folder cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    _refuse_other_kinds(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # The name does not contain the final one, which may already be as long as the file system allows.
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -40,6 +43,43 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def check_output_file(path: str | os.PathLike) -> None:
+    """Refuses a file that could not be written, before the work that would be lost with it.
+
+    Raises:
+        OSError: there is something other than a file, or its place cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    _refuse_other_kinds(path)
+    _check_place(path.parent)
+
+
+def check_output_folder(path: str | os.PathLike) -> None:
+    """The same for a folder of new files, which need not exist yet."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file; name a folder", str(path))
+    _check_place(path)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """A rename would put a file where a device or a pipe was."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file to write", str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no regular file, so it is not overwritten; name a file to write", str(path))
+
+
+def _check_place(folder: Path) -> None:
+    """What exists of ``folder`` must be a folder in which this process may make files."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, so nothing can be written inside it", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written; name another place or change its permissions", str(folder))
 
 
 def remove_strays(folder: str | os.PathLike) -> None:

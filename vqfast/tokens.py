@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import struct
 import zlib
@@ -95,15 +96,25 @@ class TokenWriter:
         model: :func:`model_hash` of the model whose codes these are.
         codebook_sizes: K of each level, in the order in which :meth:`write` gets the levels.
         info: more JSON keys for the header (for people; readers ignore them).
+
+    Raises:
+        TypeError, ValueError: a header that no reader would take.
     """
 
     def __init__(
         self, path: str | os.PathLike, *, model: str, codebook_sizes: Sequence[int], info: Mapping | None = None
     ):
-        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
-        self._bits = [bits_for(size) for size in self.codebook_sizes]
-        header = {**(info or {}), "model": model, "codebook_sizes": list(self.codebook_sizes)}
+        sizes = [int(operator.index(size)) for size in codebook_sizes]
+        header = {**(info or {}), "model": model, "codebook_sizes": sizes}
+        if _checked_header(header) is None:
+            raise ValueError(
+                f"model is {model!r:.80} and codebook_sizes {sizes!r:.80}; a token file needs the string that model_hash "
+                "gives, and the size of each level, from 1 to 2**48 - 1"
+            )
+        self.codebook_sizes, self._bits = tuple(sizes), [bits_for(size) for size in sizes]
         self._start = json.dumps(header, sort_keys=True).encode()
+        if len(self._start) > _HEADER_LIMIT:
+            raise ValueError(f"the header takes {len(self._start):,} bytes, at most {_HEADER_LIMIT:,} fit; shorten info")
         self._open = atomic_file(path)
         self.records, self.token_bytes, self._chain = 0, 0, 0
 
@@ -117,14 +128,21 @@ class TokenWriter:
         """Appends one picture.
 
         Raises:
-            ValueError: wrong number of levels, an index outside its codebook, or a name that is too long.
+            ValueError: wrong number of levels, an index outside its codebook, a name that is too long or not UTF-8,
+            a size that does not fit 32 bits. TypeError: indices or sizes that are no integers.
         """
         if len(levels) != len(self.codebook_sizes):
             raise ValueError(f"{name}: got {len(levels)} levels, the file holds {len(self.codebook_sizes)} per picture")
-        encoded = name.encode("utf-8")
+        try:
+            encoded = name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {name!r} is not UTF-8, as names in a token file are; rename the picture") from None
         if len(encoded) > 0xFFFF:
             raise ValueError(f"a name of {len(encoded)} bytes is longer than the 65,535 that a token file can hold")
-        parts = [struct.pack("<H", len(encoded)), encoded, struct.pack("<II", width, height)]
+        width, height = operator.index(width), operator.index(height)
+        if not (0 <= width < 2**32 and 0 <= height < 2**32):
+            raise ValueError(f"{name}: a size of {width}x{height} does not fit; each side must be from 0 to 2**32 - 1")
+        parts, token_bytes = [struct.pack("<H", len(encoded)), encoded, struct.pack("<II", width, height)], 0
         for level, (size, bits) in enumerate(zip(self.codebook_sizes, self._bits, strict=True)):
             indices = np.asarray(levels[level])
             if indices.size == 0 or indices.ndim > _AXES_LIMIT:
@@ -132,6 +150,8 @@ class TokenWriter:
                     f"{name}: level {level} has shape {indices.shape}; it needs 1 or more codes and "
                     f"{_AXES_LIMIT} axes at most"
                 )
+            if indices.dtype.kind not in "iu":
+                raise TypeError(f"{name}: level {level} is {indices.dtype}; codes are integers")
             if not (0 <= int(indices.min()) and int(indices.max()) < size):
                 raise ValueError(
                     f"{name}: level {level} has indices from {indices.min()} to {indices.max()}, outside its "
@@ -139,13 +159,16 @@ class TokenWriter:
                 )
             packed = pack_indices(indices, bits)
             parts += [struct.pack(f"<B{indices.ndim}I", indices.ndim, *indices.shape), packed]
-            self.token_bytes += len(packed)
+            token_bytes += len(packed)
         body = b"".join(parts)
+        if len(body) > _RECORD_LIMIT:
+            raise ValueError(f"{name}: its codes take {len(body):,} bytes, at most {_RECORD_LIMIT:,} fit in a record")
         record = struct.pack("<BI", _RECORD, len(body)) + body
         checksum = struct.pack("<I", zlib.crc32(record))
         self._file.write(record + checksum)
         self._chain = zlib.crc32(checksum, self._chain)
         self.records += 1
+        self.token_bytes += token_bytes
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
@@ -170,7 +193,9 @@ class TokenReader:
         try:
             self._left = os.fstat(self._file.fileno()).st_size
             self.header = self._read_header()
-            self.model, self.codebook_sizes = _checked_header(self.header, self._fail)
+            if (checked := _checked_header(self.header)) is None:
+                self._fail("the header lacks the model's hash or the codebook sizes")
+            self.model, self.codebook_sizes = checked
         except BaseException:
             self._file.close()
             raise
@@ -256,7 +281,7 @@ class TokenReader:
             self._fail("the header does not match its checksum: the file was altered")
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             self._fail("the header is no JSON")
 
     def _take(self, length: int) -> bytes:
@@ -270,10 +295,8 @@ class TokenReader:
         raise TokenFileError(f"{self.path}: {reason}")
 
 
-def _checked_header(header: Any, fail) -> tuple[str, tuple[int, ...]]:
-    """Model hash and codebook sizes of a header, refused unless they have the right types and ranges."""
+def _checked_header(header: Any) -> tuple[str, tuple[int, ...]] | None:
+    """Model hash and codebook sizes of a header; None unless they have the right types and ranges."""
     model, sizes = (header.get("model"), header.get("codebook_sizes")) if isinstance(header, dict) else (None, None)
     whole = isinstance(sizes, list) and sizes and all(type(size) is int and 1 <= size < 2**48 for size in sizes)
-    if not isinstance(model, str) or not whole:
-        fail("the header lacks the model's hash or the codebook sizes")
-    return model, tuple(sizes)
+    return (model, tuple(sizes)) if isinstance(model, str) and whole else None

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "view.h"
+
 namespace vqfast {
 namespace {
 
@@ -62,6 +64,7 @@ void masked_conv_pad(const MaskedConvShape& s, const float* x, int64_t sb, int64
 
 void masked_conv_rows(const MaskedConvShape& s, const SampleKernels& k, const float* padded, const float* packed, const float* bias,
                       int64_t begin, int64_t end, float* out) {
+  FloatMode mode;
   const Margins m = margins(s);
   const int64_t wide = s.width + 2 * m.side, taps = masked_conv_taps(s), channels = s.in_channels;
   const int64_t panels = (s.out_channels + kPanel - 1) / kPanel;
@@ -98,6 +101,7 @@ constexpr int64_t kStrip = 1024;  // values at a time, so that temporaries stay 
 }
 
 void gate_plane(const SampleKernels& k, bool glu, const float* a, const float* b, float va, float vb, int64_t n, float* out) {
+  FloatMode mode;
   float sa[kStrip], sb[kStrip];
   for (int64_t i = 0; i < n; i += kStrip) {
     const int64_t m = std::min(kStrip, n - i);
@@ -109,6 +113,7 @@ void gate_plane(const SampleKernels& k, bool glu, const float* a, const float* b
 
 void gate_plane_backward(const SampleKernels& k, bool glu, const float* grad, const float* a, const float* b, float va, float vb,
                          int64_t n, float* to_a, float* to_b) {
+  FloatMode mode;
   float sa[kStrip], sb[kStrip], t[kStrip], s[kStrip], one[kStrip], large[kStrip];
   std::fill(one, one + kStrip, 1.0f);
   std::fill(large, large + kStrip, 60.0f);  // sigmoid(60) is 1, so gate(a, 60) is tanh(a)

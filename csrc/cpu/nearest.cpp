@@ -19,12 +19,6 @@ constexpr int64_t kRowsPerPanel = 32;                        // many codes ask f
 constexpr int64_t kPilotRows = 64;   // rows whose visits decide the road
 constexpr double kHintsPay = 1 / 3.0;  // of what the dense road costs: more, and a search without hints is weighed against
 
-bool is_zero(const float* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; ++d)
-    if (row[d] != 0.0f) return false;
-  return true;
-}
-
 // What one row of a given work dimension looks like to the plans: scaled, or of unit length.
 // False where a unit vector does not exist.
 bool work_row(const Codes& codes, const float* exact, float* out) {
@@ -203,7 +197,7 @@ void NearestSearch::settle_alone(const float* exact, double* score, int64_t* ind
   if (!finite) {
     *score = NAN;
     *index = 0;
-  } else if (codes_.unit_vectors() && is_zero(exact, codes_.dim())) {
+  } else if (codes_.unit_vectors() && square_of(exact, codes_.dim()) == 0.0) {
     *score = 0.0;  // as every code does
     *index = codes_.usable().front();
   } else {

@@ -16,6 +16,8 @@
 #include <immintrin.h>
 #endif
 
+#include "view.h"
+
 namespace vqfast {
 namespace {
 
@@ -215,10 +217,8 @@ class Barrier {
  public:
   using Clock = std::chrono::steady_clock;
 
-  explicit Barrier(int threads) : threads_(threads) {}
-
   void wait(int thread) {
-    const int threads = threads_;  // read before arriving: go_alone() may change it once all have arrived
+    const int threads = threads_;  // read before arriving: thread 0 may go on alone once all have arrived
     if (threads == 1) return;
     const int phase = phase_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
@@ -247,26 +247,15 @@ class Barrier {
     return waiting;
   }
 
-  void go_alone() { threads_ = 1; }
+  // How many meet: before the first meeting, or by thread 0 once the others are leaving.
+  void set_threads(int threads) { threads_ = threads; }
 
  private:
-  int threads_;
+  int threads_ = 1;
   Clock::duration lost_{};
   Clock::time_point window_ = Clock::now();
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
-};
-
-// Subnormals are kept and rounding is to nearest, whatever the calling thread has set.
-class DefaultFloats {
- public:
-#if defined(__x86_64__)
-  DefaultFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloats() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
 };
 
 struct Range {
@@ -278,28 +267,52 @@ Range share(int64_t n, int thread, int threads) { return {n * thread / threads, 
 class Engine {
  public:
   Engine(const SampleArgs& args, const SampleKernels& kernels, const Program& program)
-      : a_(args), k_(kernels), p_(program), threads_(std::max(1, args.threads)), barrier_(threads_), changed_(args.batch * args.width) {}
+      : a_(args), k_(kernels), p_(program), threads_(std::max(1, args.threads)), changed_(args.batch * args.width), scratch_(threads_) {
+    int64_t mixed = 0;
+    for (const auto& i : p_.code) mixed = i.op == kAttend ? std::max(mixed, round_up(i.value, 16)) : mixed;
+    for (Scratch& s : scratch_) {
+      s.acc.resize(kChunk * kPanel);
+      s.scores.resize(round_up(a_.height * a_.width, 16));
+      s.mixed.resize(mixed);
+      s.draw.resize(draw_scratch(p_.codebook_size));
+      s.order.resize(p_.codebook_size);
+    }
+  }
 
   int64_t run() {
     std::vector<std::thread> helpers;
-    for (int t = 1; t < threads_; ++t) helpers.emplace_back([this, t] { work(t); });
+    helpers.reserve(threads_ - 1);
+    try {
+      for (int t = 1; t < threads_; ++t) helpers.emplace_back([this, t] { help(t); });
+    } catch (const std::exception&) {
+      // The system gives no more threads. The work is shared by those that are there: its split changes no bit.
+    }
+    threads_ = 1 + static_cast<int>(helpers.size());
+    barrier_.set_threads(threads_);
+    started_.store(true, std::memory_order_release);
     work(0);
     for (auto& h : helpers) h.join();
     return evaluated_;
   }
 
  private:
+  // What one thread needs. All of it is there before a thread starts: where memory runs out, a thread could only end the process,
+  // since even to throw takes memory of its own.
   struct Scratch {
-    std::vector<float> acc = std::vector<float>(kChunk * kPanel);
-    std::vector<float> scores;
+    std::vector<float> acc, scores, mixed;
     std::vector<double> draw;
+    std::vector<int64_t> order;
   };
 
-  void work(int thread) {
-    const DefaultFloats floats;
-    Scratch scratch;
-    scratch.scores.resize(round_up(a_.height * a_.width, 16));
-    scratch.draw.resize(draw_scratch(p_.codebook_size));
+  void help(int thread) noexcept {
+    while (!started_.load(std::memory_order_acquire)) std::this_thread::yield();
+    work(thread);
+  }
+
+  // Allocates nothing and throws nothing.
+  void work(int thread) noexcept {
+    const FloatMode mode;
+    Scratch& scratch = scratch_[thread];
     if (a_.start == 0) {
       const Range part = share(p_.workspace, thread, threads_);
       std::fill(a_.workspace + part.begin, a_.workspace + part.end, 0.0f);
@@ -326,7 +339,7 @@ class Engine {
         // On a crowded machine thread 0 is faster without the others: the split of work changes no bit.
         if (thread != 0) return;
         threads_ = 1;
-        barrier_.go_alone();
+        barrier_.set_threads(1);
       }
     }
   }
@@ -359,7 +372,7 @@ class Engine {
       const int64_t position = row * a_.width + column;
       const int64_t drawn = is_given(image, row, column)
                                 ? slot
-                                : draw_token(values, settings, a_.first_image + image, position, s.draw.data());
+                                : draw_token(values, settings, a_.first_image + image, position, s.draw.data(), s.order.data());
       changed_[column * a_.batch + image] = drawn != slot;
       slot = drawn;
       const int64_t place = image * a_.height * a_.width + position;
@@ -525,7 +538,6 @@ class Engine {
     const int64_t steps = a_.height * a_.width, ldk = round_up(steps, 16), ldv = round_up(i.value, 16);
     const Range part = share(i.heads * a_.batch, thread, threads_);
     const auto rows = [&](int64_t buffer, int64_t m) { return at(p_.buffers[buffer], row, c0) + m * p_.buffers[buffer].stride; };
-    std::vector<float> result(ldv);
     for (int64_t item = part.begin; item < part.end; ++item) {
       const int64_t head = item % i.heads, image = item / i.heads;
       float* keys = a_.workspace + p_.buffers[i.cache].offset + item * (i.key * ldk + steps * ldv);
@@ -539,8 +551,8 @@ class Engine {
         float top = x[0];
         for (int64_t u = 1; u <= t; ++u) top = x[u] > top ? x[u] : top;
         const float sum = k_.softmax(x, top, t + 1);
-        k_.mix(result.data(), x, values, ldv, ldv, t + 1, sum);
-        std::memcpy(rows(i.out, m) + head * i.value, result.data(), i.value * sizeof(float));
+        k_.mix(s.mixed.data(), x, values, ldv, ldv, t + 1, sum);
+        std::memcpy(rows(i.out, m) + head * i.value, s.mixed.data(), i.value * sizeof(float));
       }
     }
   }
@@ -548,10 +560,12 @@ class Engine {
   const SampleArgs& a_;
   const SampleKernels& k_;
   const Program& p_;
-  int threads_;  // changed by thread 0 only, once the others are leaving
+  int threads_;  // changed by thread 0 only: before the others start to work, and once they are leaving
+  std::atomic<bool> started_{false};
   std::atomic<bool> alone_{false};
   Barrier barrier_;
   std::vector<uint8_t> changed_;
+  std::vector<Scratch> scratch_;  // by thread
   int64_t evaluated_ = 0;
 };
 

@@ -72,7 +72,8 @@ struct DrawSettings {
   int64_t top_k;
 };
 // The token of (seed, image, position): argmax of logit / temperature + Gumbel noise over the codes that top-k and top-p keep.
-int64_t draw_token(const float* logits, const DrawSettings& settings, int64_t image, int64_t position, double* scratch);
+// scratch holds draw_scratch() values, order codebook_size.
+int64_t draw_token(const float* logits, const DrawSettings& settings, int64_t image, int64_t position, double* scratch, int64_t* order);
 double token_log_prob(const float* logits, int64_t codebook_size, int64_t token);
 inline int64_t draw_scratch(int64_t codebook_size) { return 4 * codebook_size; }
 

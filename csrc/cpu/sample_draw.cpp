@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 namespace vqfast {
 namespace {
@@ -78,11 +77,10 @@ inline double exp64(double x) {
 }
 
 // keep[k] = 0 for codes that top-k or top-p leave out. Order: larger z first, equal z by lower index.
-void restrict_codes(const double* z, double* keep, double* weight, const DrawSettings& s) {
+void restrict_codes(const double* z, double* keep, double* weight, int64_t* order, const DrawSettings& s) {
   const int64_t n = s.codebook_size;
-  std::vector<int64_t> order(n);
   for (int64_t k = 0; k < n; ++k) order[k] = k;
-  std::sort(order.begin(), order.end(), [z](int64_t a, int64_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); });
+  std::sort(order, order + n, [z](int64_t a, int64_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); });
   int64_t kept = s.top_k > 0 ? std::min(s.top_k, n) : n;
   if (s.top_p < 1.0) {
     double total = 0, sum = 0;
@@ -97,7 +95,7 @@ void restrict_codes(const double* z, double* keep, double* weight, const DrawSet
 
 }  // namespace
 
-int64_t draw_token(const float* logits, const DrawSettings& s, int64_t image, int64_t position, double* scratch) {
+int64_t draw_token(const float* logits, const DrawSettings& s, int64_t image, int64_t position, double* scratch, int64_t* order) {
   const int64_t n = s.codebook_size;
   double *z = scratch, *keep = scratch + n, *weight = scratch + 2 * n, *noise = scratch + 3 * n;
   const bool greedy = s.temperature == 0.0;
@@ -108,7 +106,7 @@ int64_t draw_token(const float* logits, const DrawSettings& s, int64_t image, in
     z[k] = value >= lowest ? value : lowest;
   }
   const bool restricted = !greedy && ((s.top_k > 0 && s.top_k < n) || s.top_p < 1.0);
-  if (restricted) restrict_codes(z, keep, weight, s);
+  if (restricted) restrict_codes(z, keep, weight, order, s);
   if (!greedy) {
     uint64_t state = mix(static_cast<uint64_t>(s.seed) + kGolden);
     state = mix(state ^ (static_cast<uint64_t>(image) + 2 * kGolden));

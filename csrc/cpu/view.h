@@ -21,7 +21,8 @@ struct Strided {
 using View = Strided<const void>;  // x [B, G, N, D] or a codebook [1, G, K, D]
 using Target = Strided<void>;      // rows [B, G, N, D] to be written
 
-// Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set.
+// Subnormals kept and round-to-nearest while this stands, whatever the caller's thread had set. In every thread that computes: else bits
+// would depend on how many there are. x86-64 only: elsewhere it does nothing, and what the caller's threads have set holds.
 class FloatMode {
  public:
   FloatMode();

@@ -175,15 +175,15 @@ struct MmaIn {
   uint32_t a[4], b[2];
 };
 
-// kPack components per 32-bit register; row r of A is held by lanes 4 (r % 8) .. +3, column c of B by lanes 4 c .. +3.
-template <int kK, int kPack, class Get>
+// Two components per 32-bit register; row r of A is held by lanes 4 (r % 8) .. +3, column c of B by lanes 4 c .. +3.
+template <class Get>
 void mma(float (&d)[4], const MmaIn& in, const char* what, Get get) {
   auto slots = exchange_warp(0xFFFFFFFFu, what, &in, sizeof in);
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
     float sum = 0;
-    for (int k = 0; k < kK; ++k) {
-      const int half = k / (kK / 2), quad = k % (kK / 2) / kPack, part = k % kPack;
+    for (int k = 0; k < 16; ++k) {
+      const int half = k / 8, quad = k % 8 / 2, part = k % 2;
       const MmaIn left = from_lane<MmaIn>(slots, row % 8 * 4 + quad), right = from_lane<MmaIn>(slots, column * 4 + quad);
       sum += get(left.a[row / 8 + 2 * half], part) * get(right.b[half], part);
     }
@@ -194,15 +194,11 @@ void mma(float (&d)[4], const MmaIn& in, const char* what, Get get) {
 
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  exec::mma<16, 2>(d, in, "mma_16x8x16", [](uint32_t word, int part) { return f16_to_f32(uint16_t(word >> 16 * part)); });
+  exec::mma(d, in, "mma_16x8x16", [](uint32_t word, int part) { return f16_to_f32(uint16_t(word >> 16 * part)); });
 }
 inline void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  exec::mma<16, 2>(d, in, "mma_16x8x16_bf16", [](uint32_t word, int part) { return bf16_to_f32(uint16_t(word >> 16 * part)); });
-}
-inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const exec::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  exec::mma<8, 1>(d, in, "mma_16x8x8_tf32", [](uint32_t word, int) { return float_of(word & 0xFFFFE000u); });
+  exec::mma(d, in, "mma_16x8x16_bf16", [](uint32_t word, int part) { return bf16_to_f32(uint16_t(word >> 16 * part)); });
 }
 
 }  // namespace vq

@@ -175,38 +175,32 @@ int copies() {
 
 // ---- matrix products: small integers, so that every order of summation is exact ----------------------------------------------
 
-enum MmaKind { kMmaF16, kMmaBF16, kMmaTf32 };
-
-template <MmaKind kKind>
+template <bool kBF16>
 __global__ void mma_kernel(const float* a, const float* b, float* d) {
-  constexpr int kK = kKind == kMmaTf32 ? 8 : 16, kPack = kKind == kMmaTf32 ? 1 : 2;
   const int lane = int(threadIdx.x), row = lane / 4, quad = lane % 4;
-  auto half = [](float value) { return u32(kKind == kMmaF16 ? f32_to_f16(value) : f32_to_bf16(value)); };
-  auto word = [&](const float* at) { return kKind == kMmaTf32 ? bits_of(at[0]) : half(at[0]) | half(at[1]) << 16; };
+  auto half = [](float value) { return u32(kBF16 ? f32_to_bf16(value) : f32_to_f16(value)); };
+  auto word = [&](const float* at) { return half(at[0]) | half(at[1]) << 16; };
   u32 left[4], right[2];
-  for (int i = 0; i < 4; ++i) left[i] = word(a + (row + 8 * (i % 2)) * kK + i / 2 * (kK / 2) + quad * kPack);
-  for (int i = 0; i < 2; ++i) right[i] = word(b + row * kK + i * (kK / 2) + quad * kPack);
+  for (int i = 0; i < 4; ++i) left[i] = word(a + (row + 8 * (i % 2)) * 16 + i / 2 * 8 + quad * 2);
+  for (int i = 0; i < 2; ++i) right[i] = word(b + row * 16 + i * 8 + quad * 2);
   float sum[4] = {1, 2, 3, 4};
-  if (kKind == kMmaTf32)
-    mma_16x8x8_tf32(sum, left, right);
-  else if (kKind == kMmaF16)
-    mma_16x8x16(sum, left, right);
-  else
+  if (kBF16)
     mma_16x8x16_bf16(sum, left, right);
+  else
+    mma_16x8x16(sum, left, right);
   for (int i = 0; i < 4; ++i) d[(row + 8 * (i / 2)) * 8 + quad * 2 + i % 2] = sum[i];
 }
-template <MmaKind kKind>
+template <bool kBF16>
 int mma() {
-  constexpr int kK = kKind == kMmaTf32 ? 8 : 16;
-  std::vector<float> a(16 * kK), b(8 * kK), d(128, NAN);
+  std::vector<float> a(16 * 16), b(8 * 16), d(128, NAN);
   for (size_t i = 0; i < a.size(); ++i) a[i] = float(int(i * 7 % 11) - 5);
   for (size_t i = 0; i < b.size(); ++i) b[i] = float(int(i * 5 % 13) - 6);
-  launch(mma_kernel<kKind>, dim3(1), dim3(32), 0, nullptr, (const float*)a.data(), (const float*)b.data(), d.data());
+  launch(mma_kernel<kBF16>, dim3(1), dim3(32), 0, nullptr, (const float*)a.data(), (const float*)b.data(), d.data());
   long wrong = 0;
   for (int r = 0; r < 16; ++r)
     for (int c = 0; c < 8; ++c) {
       float sum = float(1 + r / 8 * 2 + c % 2);
-      for (int k = 0; k < kK; ++k) sum += a[r * kK + k] * b[c * kK + k];
+      for (int k = 0; k < 16; ++k) sum += a[r * 16 + k] * b[c * 16 + k];
       wrong += d[r * 8 + c] != sum;
     }
   return report(wrong);
@@ -315,9 +309,8 @@ int main(int argc, char** argv) {
   if (name == "collectives") return collectives();
   if (name == "copies") return copies<true>();
   if (name == "missing_copy_wait") return copies<false>();
-  if (name == "mma_f16") return mma<kMmaF16>();
-  if (name == "mma_bf16") return mma<kMmaBF16>();
-  if (name == "mma_tf32") return mma<kMmaTf32>();
+  if (name == "mma_f16") return mma<false>();
+  if (name == "mma_bf16") return mma<true>();
   if (name == "wgmma") return wgmma<true, true>();
   if (name == "missing_copy_barrier") return wgmma<false, true>();
   if (name == "missing_wgmma_wait") return wgmma<true, false>();

@@ -3,7 +3,7 @@
 import pytest
 
 ORDERS = ("ascending", "descending")
-RIGHT = ("transpose", "sum", "collectives", "copies", "mma_f16", "mma_bf16", "mma_tf32", "wgmma", "conversions")
+RIGHT = ("transpose", "sum", "collectives", "copies", "mma_f16", "mma_bf16", "wgmma", "conversions")
 WRONG_RESULT = (
     "missing_barrier",
     "missing_second_barrier",

@@ -63,6 +63,16 @@ def test_no_bias_empty_batch_and_strides(backend):
     assert masked_conv2d(x[:0], weight, backend=backend).shape == (0, 5, 6, 7)
 
 
+@pytest.mark.parametrize("way", ["every_second", "expanded"])
+def test_strides_of_bias(backend, way):
+    x, weight, bias = put(backend, *data(SHAPES[0]))
+    poisoned = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)
+    bias = poisoned[:, 0] if way == "every_second" else bias[:1].expand(5)
+    assert not bias.is_contiguous()
+    expected = masked_conv2d(x, weight, bias.contiguous(), backend=backend)
+    same_bits(masked_conv2d(x, weight, bias, backend=backend), expected)
+
+
 def test_masked_weights_are_not_read(backend):
     x, weight, bias = data(SHAPES[0])
     for mask in "AB":
@@ -167,6 +177,32 @@ def test_same_bits_for_any_batch_split_and_thread_count(set_threads):
     same_bits(torch.cat([masked_conv2d(x[b : b + 1], weight, bias, backend="cpu") for b in range(5)]), whole)
 
 
+@pytest.mark.parametrize("count", [1, 2], ids="{} threads".format)
+def test_subnormals_count_although_torch_flushes_them(backend, count, set_threads):
+    if backend != "cpu" or not torch.set_flush_denormal(False):
+        pytest.skip("the other backends compute with torch itself, which does as the user asked")
+    border = torch.ops.vqfast
+    x, weight = torch.full((8, 4, 16, 16), 2.0**-140), torch.full((4, 4, 1, 1), 0.5)
+    grad = x[:, :2].clone()
+
+    def results():
+        yield border.masked_conv_cpu(x, weight, None, True, 1, 1)
+        for kind in (0, 1):
+            yield border.gate_cpu(x, None, kind)
+            yield border.gate_backward_cpu(grad, x, None, kind)
+
+    set_threads(count)
+    wanted = list(results())
+    assert (wanted[0] == 2.0**-139).all() and all((y > 0).any() for y in wanted[2:])
+    torch.set_flush_denormal(True)
+    try:
+        got = list(results())
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(got, wanted):
+        same_bits(a, b)
+
+
 # ---- gate --------------------------------------------------------------------------------------------------
 
 
@@ -257,3 +293,12 @@ def test_gate_errors():
         gated_activation(torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="kind"):
         gated_activation(torch.zeros(1, 2, 2, 2), kind="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32], ids=str)
+def test_gate_backward_refuses_a_gradient_that_it_would_misread(dtype):
+    """A float16 gradient read as float32 would be read past its end."""
+    if vqfast._backends.reasons("masked_conv", "cpu", torch.empty(0)):
+        pytest.skip("native: no native library")
+    with pytest.raises(RuntimeError, match="grad must be float32"):
+        torch.ops.vqfast.gate_backward_cpu(torch.ones(1, 2, 8, 8, dtype=dtype), torch.ones(1, 4, 8, 8), None, 0)

@@ -67,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--traceback", action="store_true", help="show where an error came from")
         module.add_arguments(parser)
+        if name != "doctor":  # which reports it among other things
+            _check_environment()
     except ImportError as error:
         return _missing(error)
+    except UserError as error:
+        return _complain(str(error))
     args = parser.parse_args(argv[1:])
     if args.traceback:
         return module.run(args)
@@ -93,12 +97,23 @@ def _guarded(run, args) -> int:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 
+def _check_environment() -> None:
+    """A VQFAST_* variable that no op could heed is said before any work is done."""
+    from vqfast import _backends
+
+    try:
+        _backends.check_environment()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     """The exceptions whose messages are meant for users. Their modules are imported late, and may lack their
     libraries.
     """
     kinds: list[type[Exception]] = [UserError]
     for module, name in (
+        ("vqfast._backends", "BackendError"),
         ("vqfast.tokens", "TokenFileError"),
         ("vqfast.train.config", "ConfigError"),
         ("vqfast.train.checkpoint", "CheckpointError"),

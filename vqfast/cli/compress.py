@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from vqfast._files import check_output_file
 from vqfast.cli import UserError
 from vqfast.cli._settings import Pictures
+from vqfast.cli.encode import check_not_input, storable
 from vqfast.models.compression import CompressedPicture, compress_levels, write_compressed
 from vqfast.tokens import bits_for, model_hash
 from vqfast.train.evaluate import encode_pictures, same_size_batches
@@ -27,12 +27,12 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     model, prior, _ = find_priors(args.model, args.prior)
-    if Path(args.out).is_dir():
-        raise UserError(f"{args.out} is a folder; name the file to write")
+    check_output_file(args.out)
     pictures, found = Pictures(args.pictures, model.config.in_channels), []
+    check_not_input(args.out, args.pictures)
     pixels = packed = payload = 0
     sizes = [quantizer.codebook_size for quantizer in model.quantizers]
-    for names, batch in same_size_batches(pictures):
+    for names, batch in same_size_batches(storable(pictures)):
         with torch.no_grad():
             levels = encode_pictures(model, batch)[0]
         coded = compress_levels(prior, levels)

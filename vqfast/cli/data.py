@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vqfast.cli import UserError
 from vqfast.data import SOURCES, default_folder, fetch
+from vqfast.data.fetch import complete_folder
 from vqfast.train.config import did_you_mean
 
 EPILOG = "Everything that is fetched is checked against its known sha256. Without a name, the data sets are listed."
@@ -20,8 +21,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.name is None:
         for name in SOURCES:
-            folder = default_folder(name)
-            print(f"{name:<10} {f'in {folder}' if folder.is_dir() else f'not here; fetch it with: vqfast data {name}'}")
+            folder = complete_folder(name, default_folder(name))
+            print(f"{name:<10} {f'in {folder}' if folder else f'not here; fetch it with: vqfast data {name}'}")
         print("photographs is inside the package, always here")
         return 0
     if args.name not in SOURCES:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path, PurePosixPath
 
 import torch
 
+from vqfast._files import check_output_folder
 from vqfast.cli import UserError
 from vqfast.cli.encode import require_codes
 from vqfast.data import save_picture
@@ -27,41 +29,54 @@ def run(args) -> int:
     model, _, _ = find_model(Path(args.model))
     require_codes(model, args.model)
     out, number = Path(args.out), 0
-    if out.is_file():
-        raise UserError(f"{out} is a file; name a folder for the pictures")
+    check_output_folder(out)
     with TokenReader(args.tokens) as reader:
         reader.require_model(model_hash(model.state_dict()))
         model.to(pick_device(args.device))
-        taken: set[PurePosixPath] = set()
+        taken: dict[PurePosixPath, str] = {}
+        refused: list[str] = []
         try:
             for record in reader:
-                place = picture_name(record.name, args.tokens, taken)
+                place = picture_name(record.name, taken)
+                if place is None:
+                    refused.append(record.name)
+                    continue
                 save_picture(out / place, picture_of(model, record, args.tokens))
                 number += 1
         except TokenFileError as error:
             raise TokenFileError(f"{error} ({number} pictures before that were written to {out})") from None
+    return finish(number, refused, args.tokens, out)
+
+
+def finish(number: int, refused: list[str], source: str, out: Path) -> int:
+    """Says how many pictures were written and, as an error, which were not."""
+    if refused:
+        names = ", ".join(map(repr, refused[:5])) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
+        raise UserError(
+            f"{source} has picture names that point outside the folder, so these are left out: {names} "
+            f"({number} pictures are in {out})"
+        )
     print(f"{number} pictures in {out}")
     return 0
 
 
-def picture_name(name: str, source: str, taken: set[PurePosixPath]) -> PurePosixPath:
-    """Where a picture goes inside the folder: its own name with .png, never outside the folder and never twice."""
+def picture_name(name: str, taken: dict[PurePosixPath, str]) -> PurePosixPath | None:
+    """Where a picture goes inside the folder: its own name with .png, never twice; None for a name that leaves the folder.
+
+    ``taken`` says of each place given so far whether it is a "file" or a "folder".
+    """
     path = PurePosixPath(name)
-    unsafe = (
-        path.is_absolute()
-        or ".." in path.parts
-        or not path.name
-        or "\\" in name
-        or "\0" in name
-        or ":" in path.parts[0]
-    )
-    if unsafe:
-        raise TokenFileError(f"{source}: the picture name {name!r} points outside the folder, so it is refused")
-    places = itertools.chain(
-        [path.with_suffix(".png")], (path.with_name(f"{path.name}{end}.png") for end in _endings())
-    )
-    place = next(place for place in places if place not in taken)  # a.jpg and a.png give a.png and a.png.png
-    taken.add(place)
+    foreign = os.name == "nt" and ("\\" in name or ":" in name)  # elsewhere these are letters like others
+    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name or foreign:
+        return None
+    folder = PurePosixPath()
+    for part in path.parts[:-1]:
+        # Beside the picture a.jpg, which became a.png, a folder a.png becomes a.png.2.
+        folder = next(place for end in _endings() if taken.get(place := folder / f"{part}{end}") != "file")
+        taken[folder] = "folder"
+    names = itertools.chain([path.with_suffix(".png").name], (f"{path.name}{end}.png" for end in _endings()))
+    place = next(folder / name for name in names if folder / name not in taken)  # a.jpg and a.png give a.png and a.png.png
+    taken[place] = "file"
     return place
 
 

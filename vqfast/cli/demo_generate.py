@@ -16,6 +16,7 @@ from torch import Tensor
 from vqfast.cli import _guarded
 from vqfast.cli.demo import free_folder
 from vqfast.data import default_folder
+from vqfast.data.fetch import complete_folder
 from vqfast.models import VQVAE2, HierarchicalPrior, float_to_pixels
 from vqfast.train.config import assigned
 from vqfast.train.evaluate import restore
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     folder = free_folder(Path(args.out))
-    source = args.data or ("cifar10" if default_folder("cifar10").is_dir() else "photographs")
+    source = args.data or ("cifar10" if complete_folder("cifar10", default_folder("cifar10")) else "photographs")
     data = CIFAR10 if source == "cifar10" else PHOTOGRAPHS
     length = {"train.steps": args.steps, "train.seed": args.seed, "train.log_every": max(1, args.steps // 5)}
     print(f"A VQ-VAE-2 learns to write 32x32 pictures ({source}) as 8x8 and 4x4 codes.\n")

@@ -64,6 +64,10 @@ def versions() -> list[str]:
 
 
 def backends() -> list[str]:
+    try:
+        _backends.check_environment()
+    except ValueError as error:  # then no op runs at all
+        return [f"nothing runs: {error}"]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = [f"SIMD level of the cpu backend: {_backends.cpu_level() or 'none, see below'}"]
     for device in devices:

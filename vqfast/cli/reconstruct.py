@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 import torch
 
+from vqfast._files import check_output_folder
 from vqfast.cli import UserError
 from vqfast.cli._settings import Pictures
 from vqfast.cli.decode import picture_name
@@ -28,17 +30,17 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}, but must be 0 or more")
-    if Path(args.out).is_file():
-        raise UserError(f"{args.out} is a file; name a folder for the pictures")
+    check_output_folder(args.out)
+    source = Path(args.pictures)
+    if os.path.realpath(args.out) == os.path.realpath(source if source.is_dir() else source.parent):
+        raise UserError(f"{args.out} is where the pictures come from, and pairs would overwrite them; name another folder")
     model, _, _ = find_model(Path(args.model))
     model.to(pick_device(args.device))
-    pictures, taken, ratios = Pictures(args.pictures, model.config.in_channels), set[PurePosixPath](), []
+    pictures, taken, ratios = Pictures(args.pictures, model.config.in_channels), dict[PurePosixPath, str](), []
     for name, picture in pictures:
         restored = restore(model, picture[None])[0][0]
         gap = torch.full((picture.shape[0], picture.shape[1], _GAP), 255, dtype=torch.uint8)
-        save_picture(
-            Path(args.out) / picture_name(name, args.pictures, taken), torch.cat([picture, gap, restored], dim=2)
-        )
+        save_picture(Path(args.out) / picture_name(name, taken), torch.cat([picture, gap, restored], dim=2))
         ratios += psnr(squared_errors(picture[None], restored[None])).tolist()
         if len(ratios) == args.limit:
             break

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vqfast._files import check_output_file, check_output_folder
 from vqfast.cli import UserError
 from vqfast.data import save_picture
 from vqfast.models import HierarchicalPrior, float_to_pixels
@@ -37,6 +38,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count is {args.count}, --batch-size {args.batch_size}; both must be at least 1")
+    (check_output_file if is_sheet(args.out) else check_output_folder)(args.out)
     model, prior, settings = find_priors(args.model, args.prior)
     labels = labels_for(args, settings["classes"])
     options = dict(
@@ -71,7 +73,7 @@ def class_number(name: str, classes: list[str]) -> int:
     """A class by name or number."""
     if name in classes:
         return classes.index(name)
-    if name.isdigit() and int(name) < len(classes):
+    if name.isdecimal() and len(name) < 10 and int(name) < len(classes):
         return int(name)
     raise UserError(
         f"there is no class {name!r}; there are {', '.join(classes) or 'none: this prior was trained without labels'}"
@@ -84,12 +86,14 @@ def pictures(model: torch.nn.Module, levels: list[Tensor], batch: int) -> Tensor
     return torch.cat([float_to_pixels(model.decode(list(group))) for group in zip(*parts)])
 
 
+def is_sheet(out: str | Path) -> bool:
+    return Path(out).suffix.lower() == ".png"
+
+
 def write(out: Path, found: Tensor, seed: int) -> None:
-    if out.suffix.lower() == ".png":
+    if is_sheet(out):
         save_picture(out, sheet(found))
         return
-    if out.is_file():
-        raise UserError(f"{out} is a file; name a folder, or a .png for a sheet")
     for i, picture in enumerate(found):
         save_picture(out / f"seed{seed}-{i:05d}.png", picture)
 

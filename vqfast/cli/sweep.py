@@ -9,16 +9,21 @@ from pathlib import Path
 from vqfast._files import write_atomic
 from vqfast.cli import UserError
 from vqfast.cli._settings import add_settings, settings_epilog, values_of
-from vqfast.train.config import config_from, merged
+from vqfast.train.config import build_model, config_from, merged, read_json
 from vqfast.train.evaluate import evaluate
 from vqfast.train.plots import Chart, save_charts
-from vqfast.train.runs import begin_run, find_model, resume_run
+from vqfast.train.runs import begin_run, differences, find_model, resume_run
 from vqfast.train.sources import open_sources
 
 EPILOG = f"""\
 Runs that are finished are not repeated, an interrupted one goes on, so a sweep can be stopped and started again.
 
 {settings_epilog()}"""
+
+# Settings that say how a run is made and shown, and not what comes out of it.
+_INDIFFERENT = tuple(
+    f"train.{key} " for key in ("device", "threads", "log_every", "picture_every", "checkpoint_every", "keep", "tensorboard")
+)
 
 
 def add_arguments(parser) -> None:
@@ -36,11 +41,16 @@ def run(args) -> int:
         raise UserError(f"--pictures is {args.pictures}, but must be at least 1")
     values, folder, rows = values_of(args), Path(args.out), []
     grid = [(beta, size) for beta in args.beta for size in args.codebook_sizes]
-    for beta, size in grid:
-        config_from(_point(values, beta, size))  # every point is checked before the first one trains
+    kind = values.get("model", {}).get("kind", "vqvae")
+    if kind != "vqvae":
+        raise UserError(
+            f"a sweep trains one-level VQ-VAEs (model.kind vqvae), but model.kind is {kind}; choose another --preset"
+        )
+    for beta, size in grid:  # every point is checked before the first one trains
+        _check(_point(values, beta, size), _place(folder, beta, size))
     for number, (beta, size) in enumerate(grid, 1):
-        print(f"--- {number} of {len(grid)}: beta {beta:g}, {size} codes", flush=True)
-        result = _train_one(_point(values, beta, size), folder / f"beta{beta:g}-K{size}", args.pictures)
+        print(f"--- {number} of {len(grid)}: beta {_name(beta)}, {size} codes", flush=True)
+        result = _train_one(_point(values, beta, size), _place(folder, beta, size), args.pictures)
         if result is None:
             return 0
         rows.append({"beta": beta, "codebook_size": size, **result})
@@ -50,6 +60,31 @@ def run(args) -> int:
 
 def _point(values: dict, beta: float, size: int) -> dict:
     return merged(values, {"model": {"commitment_weight": float(beta), "codebook_size": size}})
+
+
+def _name(beta: float) -> str:
+    """A weight with all digits that tell it from others."""
+    return repr(beta).removesuffix(".0")
+
+
+def _place(folder: Path, beta: float, size: int) -> Path:
+    return folder / f"beta{_name(beta)}-K{size}"
+
+
+def _check(values: dict, folder: Path) -> None:
+    """Raises for settings that cannot be used, or that are not those of the run in the folder: its figures would be
+    reported as theirs.
+    """
+    config = config_from(values)
+    build_model(config)
+    if (folder / "config.json").exists():
+        changed = differences(config_from(read_json(folder / "config.json")), config)
+        changed = [text for text in changed if not text.startswith(_INDIFFERENT)]
+        if changed:
+            raise UserError(
+                f"{folder} was trained with other settings ({', '.join(changed)}); go on with the old ones, or choose "
+                "another folder with --out"
+            )
 
 
 def _train_one(values: dict, folder: Path, pictures: int) -> dict | None:
@@ -81,13 +116,13 @@ def _write(rows: list[dict], folder: Path) -> None:
         series = {}
         for beta in dict.fromkeys(row["beta"] for row in rows):
             points = sorted((row["codebook_size"], row[key]) for row in rows if row["beta"] == beta)
-            series[f"beta {beta:g}"] = tuple(zip(*points, strict=True))
+            series[f"beta {_name(beta)}"] = tuple(zip(*points, strict=True))
         charts.append(Chart(title, "codes", series))
     written = save_charts(charts, folder / "sweep.svg")
     print("  beta  codes    PSNR   perplexity   usage   bits/pixel")
     for row in rows:
         print(
-            f"{row['beta']:>6g} {row['codebook_size']:>6} {row['psnr']:>7.2f} {row['perplexity']:>12.1f} "
+            f"{_name(row['beta']):>6} {row['codebook_size']:>6} {row['psnr']:>7.2f} {row['perplexity']:>12.1f} "
             f"{row['usage']:>7.0%} {row['bits_per_pixel']:>12.3f}"
         )
     print(f"written: {folder / 'sweep.csv'}, {written[0]}")

@@ -67,6 +67,8 @@ def run(args) -> int:
         outcome = resume_priors(folder, values)
     else:
         base = {} if args.preset or args.config else prior_preset_values("small")
+        if base and values.get("model", {}).get("kind", base["model"]["kind"]) != base["model"]["kind"]:
+            del base["model"]  # its widths are those of another network
         outcome = begin_priors(merged(base, values), folder)
     if not outcome.interrupted:
         print(f"done. Next:\n  vqfast sample MODEL {folder} samples.png")

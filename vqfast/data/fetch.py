@@ -161,14 +161,15 @@ def fetch(
     if local is not None and not Path(local).exists():
         raise DataError(f"there is no local copy {local}")
     for place in places:
-        found = _complete(name, place)
+        found = complete_folder(name, place)
         if found:
             log(f"{name} is in {found}")
             return found
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as work:
             _gather(name, places, Path(work), log)
+            folder.mkdir(exist_ok=True)
             _move(name, Path(work, "files"), folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}") from None
@@ -176,7 +177,7 @@ def fetch(
     return folder
 
 
-def _complete(name: str, place: Path) -> Path | None:
+def complete_folder(name: str, place: Path) -> Path | None:
     """The folder at `place` where every file of the data set lies with its checksum, if there is one."""
     if name == "cifar10":
         try:

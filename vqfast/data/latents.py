@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from vqfast.ops.gather import gather
 from vqfast.tokens import TokenReader
 
 from .arrays import DataFileError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def open_latents(path: str | os.PathLike, name: str | None = None) -> Tensor:
@@ -35,8 +38,10 @@ def open_latents(path: str | os.PathLike, name: str | None = None) -> Tensor:
     if path.suffix not in readers:
         raise DataFileError(f"{path} is neither .npy nor .safetensors")
     values = readers[path.suffix](path, name)
-    if values.ndim < 2 or not values.is_floating_point():
-        raise DataFileError(f"{path} holds {list(values.shape)} {values.dtype}; rows of floats [..., D] are needed")
+    if values.ndim < 2 or not values.shape[-1] or values.dtype not in _DTYPES:
+        raise DataFileError(
+            f"{path} holds {list(values.shape)} {values.dtype}; rows [..., D] of 16, 32 or 64 bit floats are needed"
+        )
     return values.reshape(-1, values.shape[-1])
 
 
@@ -46,7 +51,8 @@ def _open_npy(path: Path, name: str | None) -> Tensor:
     try:
         # Copy on write: PyTorch knows no tensors that cannot be written.
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (ValueError, TypeError, EOFError) as error:
+    # NumPy parses the header as Python, and lets what its parser raises through.
+    except (ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, OverflowError) as error:
         raise DataFileError(f"{path} cannot be read as rows of floats: {error}") from error
 
 

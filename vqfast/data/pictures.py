@@ -43,7 +43,7 @@ def open_picture(
         channels: 3 (RGB) or 1 (grey).
         least: smaller pictures are enlarged until their shorter side has this many pixels.
         resize: scales the shorter side to this many pixels; 0 leaves the size.
-        max_pixels: larger pictures are refused before they are unpacked.
+        max_pixels: pictures that are larger, or would be once enlarged, are refused before they are unpacked.
 
     Returns:
         uint8 [channels, H, W].
@@ -51,23 +51,32 @@ def open_picture(
     Raises:
         PictureError: missing, not a regular file, truncated, damaged, too large, or no picture at all.
     """
+    shown = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name that is not UTF-8 cannot be printed
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise PictureError(f"{path} is not a regular file")
+            raise PictureError(f"{shown} is not a regular file")
         with Image.open(path) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise PictureError(f"{path} has {width}x{height} pixels, more than the limit of {max_pixels}")
+                raise PictureError(f"{shown} has {width}x{height} pixels, more than the limit of {max_pixels}")
+            columns, rows = _scaled_size(image.size, least, resize)
+            if columns * rows > max_pixels:
+                raise PictureError(
+                    f"{shown} has {width}x{height} pixels, and {columns}x{rows} once its shorter side is enlarged: more "
+                    f"than the limit of {max_pixels}"
+                )
             if resize:
                 # A JPEG is decoded at a fraction of its size where that is still large enough.
                 image.draft(None, (max(least, resize), max(least, resize)))
-            return _to_tensor(_scaled(_upright(image, channels), least, resize))
+            image = _upright(image, channels)
+            size = _scaled_size(image.size, least, resize)
+            return _to_tensor(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
     except PictureError:
         raise
     except MemoryError:
         raise
     except Exception as error:  # Decoders of damaged files raise anything from EOFError to struct.error.
-        raise PictureError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from None
+        raise PictureError(f"{shown} cannot be read as a picture: {error or type(error).__name__}") from None
 
 
 def _upright(image: Image.Image, channels: int) -> Image.Image:
@@ -84,13 +93,10 @@ def _upright(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def _scaled(image: Image.Image, least: int, resize: int) -> Image.Image:
-    shorter = min(image.size)
+def _scaled_size(size: tuple[int, int], least: int, resize: int) -> tuple[int, int]:
+    shorter = min(size)
     target = max(least, resize or shorter)
-    if target == shorter:
-        return image
-    size = tuple(max(target, round(side * target / shorter)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return size if target == shorter else tuple(max(target, round(side * target / shorter)) for side in size)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

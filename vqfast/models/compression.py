@@ -38,6 +38,7 @@ VERSION = 1
 ARITHMETIC = "vqfast-canonical-1"  # a new name whenever the canonical arithmetic gives other bits
 CODER = "constriction-range-categorical-1"
 _HEADER_LIMIT = 1 << 20
+_PIXELS_LIMIT = 89_478_485  # no larger picture is read, so a file that names one was forged
 
 
 class CompressedFileError(ValueError):
@@ -73,6 +74,8 @@ def compress_codes(
     """
     constriction = _constriction()
     logits, _ = canonical_logits(prior, codes, labels, condition)
+    if prior.config.codebook_size == 1:  # the only code there is costs nothing, and the entropy coder needs two
+        return [b""] * len(codes)
     model = constriction.stream.model.Categorical(perfect=False)
     streams = []
     for b in range(codes.shape[0]):
@@ -96,6 +99,11 @@ def decompress_codes(
     import numpy as np
 
     constriction = _constriction()
+    stepper = Stepper(prior, len(streams), height, width, labels, condition)
+    if prior.config.codebook_size == 1:
+        if any(streams):
+            raise CompressedFileError("a level with a single code has coded bytes, but needs none: the file was altered")
+        return torch.zeros_like(stepper.tokens)
     model = constriction.stream.model.Categorical(perfect=False)
     decoders = []
     for stream in streams:
@@ -104,7 +112,6 @@ def decompress_codes(
                 f"a coded level has {len(stream)} bytes; the coder writes whole words of 4: it was cut"
             )
         decoders.append(constriction.stream.queue.RangeDecoder(np.frombuffer(stream, "<u4").astype(np.uint32)))
-    stepper = Stepper(prior, len(streams), height, width, labels, condition)
     for position, logits in stepper:
         table = probabilities(logits).cpu().numpy()
         try:
@@ -238,10 +245,18 @@ def read_compressed(
             raise CompressedFileError(
                 f"{path} was written with {key} {header.get(key)!r}, this is {value!r}; decompress it with the same one."
             )
-    count, levels = header.get("pictures"), len(header.get("codebook_sizes", []))
-    if not isinstance(count, int) or not levels:
-        raise CompressedFileError(f"{path} has a header without pictures or codebook_sizes.")
-    pictures = [reader.picture(levels) for _ in range(count)]
+    priors = list(prior.priors) if isinstance(prior, HierarchicalPrior) else [prior]
+    count = header.get("pictures")
+    if not isinstance(count, int) or header.get("codebook_sizes") != [p.config.codebook_size for p in priors]:
+        raise CompressedFileError(f"{path} has a header without pictures, or with other codebook_sizes than the prior.")
+    pictures = [reader.picture(len(priors)) for _ in range(count)]
+    classes = min((p.config.classes for p in priors if p.config.classes), default=2**31)
+    for picture in pictures:
+        if not -1 <= picture.label < classes:
+            raise CompressedFileError(
+                f"{path}: {picture.name!r} has label {picture.label}, the prior knows -1 (none) to {classes - 1}; "
+                "the file was altered."
+            )
     if reader.at != len(content):
         raise CompressedFileError(f"{path} goes on after its last picture; it was altered.")
     return pictures
@@ -275,7 +290,10 @@ class _Reader:
             raise CompressedFileError(f"{self.path} has version {version}, this vqfast reads version {VERSION}.")
         text = self.take(min(length, _HEADER_LIMIT + 1) if length <= _HEADER_LIMIT else -1)
         self.checksum(0, "its header")
-        header = json.loads(text)
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            raise CompressedFileError(f"{self.path} has a header that is no JSON; the file was altered.") from None
         return header if isinstance(header, dict) else {}
 
     def picture(self, levels: int) -> CompressedPicture:
@@ -287,4 +305,9 @@ class _Reader:
             rows, columns, length = self.unpack("<III")
             coded.append((rows, columns, self.take(length)))
         self.checksum(begin, f"picture {name!r}")
+        if max(width * height, *(rows * columns for rows, columns, _ in coded)) > _PIXELS_LIMIT:
+            raise CompressedFileError(
+                f"{self.path}: {name!r} claims {width}x{height} pixels with codes of {[part[:2] for part in coded]}, more "
+                f"than the limit of {_PIXELS_LIMIT}; the file was altered."
+            )
         return CompressedPicture(name, width, height, label, coded)

@@ -80,7 +80,7 @@ def sample_codes(
             checks), "cached" (default elsewhere: each position once, torch's arithmetic), "network" (the ordinary
             loop).
         batch_size: maps computed together.
-        progress: show a bar (needs tqdm).
+        progress: show a bar, when tqdm is installed.
 
     Returns:
         int64 codes on the prior's device.
@@ -94,9 +94,10 @@ def sample_codes(
     mode = mode or ("cached" if _backends.reasons("sample", "cpu", next(prior.parameters())) else "incremental")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}.")
+    options = dict(temperature=temperature, top_k=top_k or 0, top_p=1.0 if top_p is None else top_p, seed=seed)
+    _check_options(**options, batch_size=batch_size, lookahead=lookahead)
     tokens = _start_tokens(prior, given, count, height, width, device)
     prior.check(tokens.clamp_min(0), labels, condition)
-    options = dict(temperature=temperature, top_k=top_k or 0, top_p=1.0 if top_p is None else top_p, seed=seed)
     run = {"incremental": _incremental, "naive": _naive, "cached": _cached, "network": _network}[mode]
     program = None if mode == "network" else compile_prior(prior).to(device)
     with _bar(progress, count * height) as advance:
@@ -359,6 +360,21 @@ def _canonical_glu(x: Tensor) -> Tensor:
 # ---- small things ------------------------------------------------------------------------------------------
 
 
+def _check_options(
+    temperature: float, top_k: int, top_p: float, seed: int, batch_size: int, lookahead: int | None
+) -> None:
+    """The same limits in every mode; NaN lies outside all of them."""
+    for name, value, right, expected in (
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all codes) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+        ("lookahead", lookahead, lookahead is None or lookahead >= 1, "None, or 1 or more"),
+    ):
+        if not right:
+            raise ValueError(f"{name} is {value}; it must be {expected}.")
+
+
 def _start_tokens(prior: CodePrior, given: Tensor | None, count: int, height: int, width: int, device) -> Tensor:
     if given is None:
         return torch.full((count, height, width), -1, dtype=torch.int64, device=device)
@@ -377,10 +393,12 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 @contextlib.contextmanager
 def _bar(show: bool, total: int):
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        show = False
     if not show:
         yield lambda n: None
         return
-    from tqdm import tqdm
-
     with tqdm(total=total, unit="row") as bar:
         yield bar.update

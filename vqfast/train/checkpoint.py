@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqfast._files import atomic_file, hash_tensors
+from vqfast.models.pretrained import FORMAT as MODEL_FORMAT
 
 FORMAT = "vqfast-checkpoint-1"
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
@@ -54,8 +55,12 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     content = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **meta}, sort_keys=True)
     path = checkpoint_path(folder, meta["step"])
-    with atomic_file(path) as file:
-        file.write(save(content, {"vqfast": text, "sha256": hash_tensors(content, text.encode())}))
+    content = save(content, {"vqfast": text, "sha256": hash_tensors(content, text.encode())})
+    try:
+        with atomic_file(path) as file:
+            file.write(content)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -80,6 +85,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     text = header.get("vqfast")
     if text is None:
         raise CheckpointError(f"{path} is a safetensors file, but no vqfast training checkpoint")
+    if MODEL_FORMAT in text:
+        raise CheckpointError(f"{path} is the file of a saved model, no training checkpoint; name its folder, {path.parent}")
     if header.get("sha256") != hash_tensors(tensors, text.encode()):
         raise CheckpointError(f"{path} does not match its checksum: the file was altered")
     meta = json.loads(text)

@@ -100,7 +100,7 @@ def encode_dataset(
         classes: their names in order, when another part of the data has set them.
 
     Raises:
-        ConfigError: no pictures, or no labels.
+        ConfigError: no pictures, none that can be read, or no labels.
     """
     total = len(dataset)
     count = min(total, limit) if limit else total
@@ -112,7 +112,10 @@ def encode_dataset(
     share = [jobs[min(i, len(jobs) - 1)] for i in range(ranks.rank, _up(len(jobs), ranks.world_size), ranks.world_size)]
 
     def open_one(view: int, picture: int) -> Tensor:
-        return dataset.sample(picture, Draws(seed, _VIEW, view, picture)) if views else dataset[picture]
+        try:
+            return dataset.sample(picture, Draws(seed, _VIEW, view, picture)) if views else dataset[picture]
+        except ValueError as error:  # pictures that cannot be used are the user's to put right
+            raise ConfigError(str(error)) from None
 
     parts = []
     for begin in range(0, len(share), batch):

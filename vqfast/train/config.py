@@ -58,13 +58,13 @@ class DataConfig:
     resize: int = _key(0, "scale the shorter side to this many pixels before cropping; 0: no", least=0)
     flip: bool = _key(False, "mirror half of the training pictures")
     batch_size: int = _key(32, "pictures per process and accumulation round", least=1)
-    workers: int = _key(0, "threads that decode pictures ahead", least=0)
+    workers: int = _key(0, "threads that decode pictures ahead", least=0, most=1024)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = _key(10_000, "optimizer steps in all", least=1)
-    learning_rate: float = _key(3e-4, "Adam's step size", least=0.0)
+    learning_rate: float = _key(3e-4, "Adam's step size", least=0.0, most=1e6)
     schedule: str = _key("constant", "course of the learning rate", choices=("constant", "cosine"))
     warmup: int = _key(0, "steps in which the learning rate rises from 0", least=0)
     clip_norm: float = _key(0.0, "largest gradient norm; 0: no limit", least=0.0)
@@ -75,10 +75,10 @@ class TrainConfig:
         choices=("kmeans", "none"),
     )
     init_pictures: int = _key(128, "pictures whose latents k-means sees", least=1)
-    seed: int = _key(0, "seed of weights and of everything random in training", least=0)
+    seed: int = _key(0, "seed of weights and of everything random in training", least=0, most=2**63 - 1)
     device: str = _key("auto", "auto, cpu, cuda or cuda:N")
     bf16: bool = _key(False, "bfloat16 autocast for encoder and decoder; the quantizer stays exact")
-    threads: int = _key(0, "CPU threads; 0: torch's own choice", least=0)
+    threads: int = _key(0, "CPU threads; 0: torch's own choice", least=0, most=1024)
     log_every: int = _key(50, "steps between two lines of metrics", least=1)
     picture_every: int = _key(500, "steps between two picture grids and plots; 0: only at the end", least=0)
     checkpoint_every: int = _key(500, "steps between two checkpoints; 0: only at the end", least=0)
@@ -128,12 +128,19 @@ PRIORS: dict[str, tuple[type, type]] = {
 
 def sections_of(kind: str) -> dict[str, type]:
     """The sections beside [model] that a run of this kind has."""
-    return SECTIONS | ({"codes": CodesConfig} if kind in PRIORS else {})
+    return SECTIONS | ({"codes": CodesConfig} if kind in list(PRIORS) else {})  # a list: a wrong kind may have no hash
 
 
 def build_model(config: Config):
-    """A fresh model of a run, weights from torch's generator."""
-    return (MODELS | PRIORS)[config.kind][0](config.model)
+    """A fresh model of a run, weights from torch's generator.
+
+    Raises:
+        ConfigError: a setting that only the model's layers check.
+    """
+    try:
+        return (MODELS | PRIORS)[config.kind][0](config.model)
+    except (ValueError, TypeError) as error:  # the layer names the setting
+        raise ConfigError(f"[model]: {error}") from None
 
 
 def config_from(values: Mapping[str, Any]) -> Config:
@@ -151,14 +158,13 @@ def config_from(values: Mapping[str, Any]) -> Config:
     kinds = MODELS | PRIORS
     sections = sections_of(kind)
     known = ("model", *sections)
-    for section, keys in values.items():
+    for section in values:
         if section not in known:
             raise ConfigError(
                 f"unknown section [{section}]{did_you_mean(section, known)}; the sections are {', '.join(known)}"
             )
-        if not isinstance(keys, Mapping):
-            raise ConfigError(f"{section} must be a section with keys, like [{section}] in TOML, got {keys!r}")
-    if kind not in kinds:
+    check_sections(values)
+    if kind not in list(kinds):
         raise ConfigError(
             f"model.kind is {kind!r}{did_you_mean(str(kind), kinds)}; it must be one of {', '.join(kinds)}"
         )
@@ -168,6 +174,13 @@ def config_from(values: Mapping[str, Any]) -> Config:
         return Config(kind, _section("model", kinds[kind][1], fields), **parts)
     except (ValueError, TypeError) as error:  # the model's own checks name the field
         raise error if isinstance(error, ConfigError) else ConfigError(f"[model]: {error}") from None
+
+
+def check_sections(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that stands where a section with keys belongs."""
+    for section, keys in values.items():
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"{section} must be a section with keys, like [{section}] in TOML, got {keys!r}")
 
 
 def preset_values(name: str) -> dict:
@@ -268,27 +281,32 @@ def read_toml(path: str | os.PathLike) -> dict:
     """The nested values of a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it is not TOML; the message has the line.
+        ConfigError: there is no such file, it is not TOML (the message has the line), or a section has no keys.
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    check_sections(values)
+    return values
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The nested values of a run's ``config.json``."""
+    """The nested values of a run's ``config.json``. Raises ConfigError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it must hold sections with keys, like {{\"train\": ...}}, got {values!r}")
+    return values
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -25,11 +25,11 @@ class MetricsLog:
     def __init__(self, folder: Path, upto: int, tensorboard: bool = False):
         self.path = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
+        self._board = summary_writer()(str(folder / "tensorboard")) if tensorboard else None
         self.lines = [line for line in read_metrics(self.path) if line["step"] <= upto]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         header = [] if not self.lines else [",".join(self.lines[0])]
         write_atomic(self._csv, "".join(text + "\n" for text in [*header, *map(_csv_line, self.lines)]))
-        self._board = _tensorboard(folder / "tensorboard") if tensorboard else None
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds one line (``step`` and numbers); the keys are the same in all lines of a run."""
@@ -60,13 +60,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``metrics.jsonl``; a last line that was cut is left out."""
+    """The whole lines of a ``metrics.jsonl``; one that was cut or damaged is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
     return lines
 
 
@@ -74,7 +76,8 @@ def _csv_line(line: Mapping[str, Any]) -> str:
     return ",".join(str(value) for value in line.values())
 
 
-def _tensorboard(folder: Path):
+def summary_writer() -> type:
+    """TensorBoard's writer; ImportError, with what to do, where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -82,7 +85,7 @@ def _tensorboard(folder: Path):
             "train.tensorboard is set, but tensorboard is not installed; pip install tensorboard, or --set "
             "train.tensorboard=false"
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 class Progress:

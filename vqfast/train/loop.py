@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from vqfast.data import Loader
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import Checkpoint, CheckpointError
 from vqfast.train.config import Config, ConfigError, build_model, to_json
-from vqfast.train.log import MetricsLog, Progress
+from vqfast.train.log import MetricsLog, Progress, summary_writer
 from vqfast.train.ranks import Ranks
 
 Say = Callable[[str], None]
@@ -58,7 +59,8 @@ class Trainer:
         say: prints one line for people.
 
     Raises:
-        ConfigError, CheckpointError: before anything is written.
+        ConfigError, CheckpointError: before anything is written. Nor is anything written before the first step is done:
+            a start that fails leaves no run behind that would refuse the corrected command.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Trainer:
         self.config, self.folder, self.ranks = config, folder, ranks
         self.say: Say = say if ranks.first else (lambda text: None)
         settings = config.train
+        if settings.tensorboard:
+            summary_writer()  # said now where it is missing, before any work
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
@@ -77,6 +81,7 @@ class Trainer:
             settings.seed + 1_000_003 * ranks.rank
         )  # weights are the same in all processes, later draws are not
         self.step, self.seconds, self.meter = 0, 0.0, Meter(ranks.device)
+        self.log: MetricsLog | None = None
         if start is not None:
             self._restore(start)
         else:
@@ -89,20 +94,16 @@ class Trainer:
         """Trains to the last step, or until Ctrl-C or SIGTERM; saves either way.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss, a weight or the optimizer's state is not finite.
         """
         settings, last = self.config.train, {}
-        if self.ranks.first:
-            for place in (self.folder, self.folder / "checkpoints", self.folder / "pictures", self.folder / "plots"):
-                remove_strays(place)  # of a run that was killed
-            write_atomic(self.folder / "config.json", to_json(self.config))
-            self.log = MetricsLog(self.folder, self.step, settings.tensorboard)
         progress = Progress(settings.steps, self.step, self.say, self.ranks.first)
         saved, stop = None, False
         self._clock = time.monotonic()
         with Signals() as signals, self._loader(self.step) as batches:
             while self.step < settings.steps and not stop:
                 self._train_step(batches)
+                self._open_files()
                 self.step += 1
                 progress.step()
                 end = self.step == settings.steps
@@ -110,16 +111,17 @@ class Trainer:
                     last = self._write_metrics(progress)
                 with self._clock_stopped():
                     if settings.picture_every and self.step % settings.picture_every == 0 and not end:
-                        self._draw()
+                        self._draw(progress)
                     if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
                         saved = self._save()
                 stop = self.ranks.any(signals.received)
+            self._open_files()  # there may have been no step left to do
             if saved != self.step:
                 self._save()
         progress.close()
         done = self.step >= settings.steps
         if self.ranks.first:
-            self._draw()
+            self._draw(progress)
             if done:
                 self.exported().save_pretrained(self.folder / "model")
             self.log.close()
@@ -214,6 +216,15 @@ class Trainer:
 
     # ---- what is written ----
 
+    def _open_files(self) -> None:
+        """The configuration and the metrics, once, when the first step of this process has shown that it can train."""
+        if self.log is not None or not self.ranks.first:
+            return
+        for place in (self.folder, self.folder / "checkpoints", self.folder / "pictures", self.folder / "plots"):
+            remove_strays(place)  # of a run that was killed
+        self.log = MetricsLog(self.folder, self.step, self.config.train.tensorboard)
+        write_atomic(self.folder / "config.json", to_json(self.config))
+
     def _write_metrics(self, progress: Progress) -> dict:
         now = time.monotonic()
         self.seconds += now - self._clock
@@ -227,7 +238,8 @@ class Trainer:
             "seconds": round(self.seconds, 2),
         }
         self.meter.clear()
-        self._require_finite(line["loss"])
+        if not math.isfinite(line["loss"]):
+            self._stop(f"the loss is {line['loss']}")
         if self.ranks.first:
             self.log.append(line)
             progress.show(line, self.config.train.steps)
@@ -240,23 +252,30 @@ class Trainer:
         yield
         self._clock += time.monotonic() - start
 
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            kept = checkpoints.list_checkpoints(self.folder / "checkpoints")
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}, so training stopped. The last checkpoint before is "
-                f"{kept[-1].name if kept else 'none'}. Try a smaller train.learning_rate, or train.clip_norm = 1.0"
-            )
+    def _stop(self, reason: str) -> NoReturn:
+        kept = checkpoints.list_checkpoints(self.folder / "checkpoints")
+        raise TrainingError(
+            f"{reason} at step {self.step}, so training stopped. The last checkpoint before is "
+            f"{kept[-1].name if kept else 'none'}. Try a smaller train.learning_rate, or train.clip_norm = 1.0"
+        )
 
-    def _draw(self) -> None:
-        if self.ranks.first and (drawn := self.draw()) is not None:
-            self.log.picture(*drawn, self.step)
+    def _draw(self, progress: Progress) -> None:
+        if not self.ranks.first:
+            return
+        try:
+            if (drawn := self.draw()) is not None:
+                self.log.picture(*drawn, self.step)
+        except Exception as error:  # whatever hinders a picture, the training is worth more
+            progress.note(f"note: the pictures of step {self.step} are missing: {error or type(error).__name__}")
 
     def _save(self) -> int:
         """Writes a checkpoint of this step; every process takes part."""
-        broken = not bool(torch.isfinite(self.meter.sums).all())
-        if self.ranks.any(broken):
-            self._require_finite(math.nan)
+        if self.ranks.any(not _finite(self.meter.sums)):
+            self._stop("the loss is nan")
+        # Adam's averages can overflow while the losses are still finite; no run could go on from that.
+        state = [value for entries in self.optimizer.state.values() for value in entries.values()]
+        if self.ranks.any(not _finite(*self.model.parameters(), *filter(torch.is_tensor, state))):
+            self._stop("a weight or Adam's state is not finite")
         random = {f"random.{rank}": state for rank, state in enumerate(self.ranks.gather(torch.get_rng_state()))}
         if self.ranks.device.type == "cuda":
             states = self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device))
@@ -364,6 +383,10 @@ class Signals:
     def __exit__(self, *_) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def next_batch(batches: Iterator[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import vqfast
 from vqfast.models import pixels_to_float
 from vqfast.train.config import Config, ConfigError, build_model
 from vqfast.train.loop import Trainer, next_batch
-from vqfast.train.report import draw_report
+from vqfast.train.report import SHOWN, draw_report, sample_pictures
 from vqfast.train.sources import open_sources, skipped_lines
 
 
@@ -28,6 +28,17 @@ class PictureTrainer(Trainer):
     def _open(self) -> None:
         self.sources = open_sources(self.config.data, self.config.model.in_channels)
         self.dataset = self.sources.train
+        try:
+            height, width = self.dataset[0].shape[1:]
+            sample_pictures(self.sources.test, SHOWN)  # they are drawn much later, and said to be unreadable now
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        stride = self.model.stride
+        if height % stride or width % stride:
+            raise ConfigError(
+                f"the training pictures have {width}x{height} pixels, but this model takes multiples of {stride}; set "
+                f"data.size (--size) to {max(stride, min(height, width) // stride * stride)}, or model.stages to fewer"
+            )
 
     def _begin(self) -> None:
         if self.config.train.init == "kmeans" and self.model.quantizers:

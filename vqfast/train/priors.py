@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from vqfast._files import write_atomic
-from vqfast.models import PRIOR_PRESETS, CodePrior, HierarchicalPrior, load_pretrained
+from vqfast.models import PRIOR_PRESETS, CodePrior, HierarchicalPrior, ModelFileError, load_pretrained
 from vqfast.models.priors import code_loss
 from vqfast.tokens import model_hash
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.codes import Codes, Crops, RowNumbers, encode_dataset
-from vqfast.train.config import PRIORS, Config, ConfigError, config_from, did_you_mean, merged, read_json
+from vqfast.train.config import PRIORS, Config, ConfigError, check_sections, config_from, did_you_mean, merged, read_json
 from vqfast.train.loop import Outcome, Say, Trainer
 from vqfast.train.plots import Chart, save_charts
 from vqfast.train.ranks import Ranks, start_ranks
 from vqfast.train.runs import changed_config, find_model, finish
-from vqfast.train.sources import open_sources
+from vqfast.train.sources import open_sources, skipped_lines
 
 FORMAT = "vqfast-priors-1"
 # What the codes decide; a configuration cannot.
@@ -179,18 +179,21 @@ def _train_priors(values: Mapping[str, Any], folder: Path, say: Say, watch: Call
         talk = say if ranks.first else lambda text: None
         if shared.train.threads:
             torch.set_num_threads(shared.train.threads)
-        codes, held_out = _encode(model, shared, ranks)
-        configs = [_level_config(base, networks, level, model, codes) for level in range(len(codes.levels))]
-        if ranks.first:
-            write_atomic(folder / "config.json", json.dumps({**base, **networks}, indent=2) + "\n")
-            _write_description(folder, model, codes)
-        for level in reversed(range(len(configs))):
+        codes, held_out = _encode(model, shared, ranks, talk)
+        levels = range(len(codes.levels))
+        configs = [_level_config(base, networks, level, model, codes) for level in levels]
+        # Every level is checked before anything is written: what is refused must leave the run as it was.
+        begun = [_resumed(level_folder(folder, level), configs[level]) for level in levels]
+        for level in reversed(levels):
             place = level_folder(folder, level)
-            config, start, notes = _resumed(place, configs[level])
+            config, start, notes = begun.pop()
             trainers: list[PriorTrainer] = []
 
             def make() -> PriorTrainer:
                 trainers.append(PriorTrainer(config, place, ranks, codes, held_out, level, start=start, say=say))
+                if ranks.first and level == levels[-1]:
+                    write_atomic(folder / "config.json", json.dumps({**base, **networks}, indent=2) + "\n")
+                    _write_description(folder, model, codes)
                 return trainers[0]
 
             outcome = finish(make, talk, f"vqfast train-prior --resume {folder}", watch, notes)
@@ -203,10 +206,11 @@ def _train_priors(values: Mapping[str, Any], folder: Path, say: Say, watch: Call
 
 def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict]]:
     """The sections for all levels, and those of single levels."""
+    check_sections(values)
     networks = {name: dict(keys) for name, keys in values.items() if name.startswith("level-")}
     base = {name: keys for name, keys in values.items() if name not in networks}
     model = {"kind": "gated", **base.get("model", {})}
-    if model["kind"] not in PRIORS:
+    if model["kind"] not in list(PRIORS):
         raise ConfigError(f"model.kind is {model['kind']!r}; a prior is one of {', '.join(PRIORS)}")
     for section, keys in {"model": model, **networks}.items():
         for key in _FROM_CODES:
@@ -239,8 +243,8 @@ def _inherited(base: dict[str, Any], trained: Config | None) -> dict[str, Any]:
     return {**base, "data": {**{key: old[key] for key in keys}, **data}}
 
 
-def _encode(model: torch.nn.Module, config: Config, ranks: Ranks) -> tuple[Codes, Codes]:
-    """The codes to learn from and those to judge by."""
+def _encode(model: torch.nn.Module, config: Config, ranks: Ranks, talk: Say) -> tuple[Codes, Codes]:
+    """The codes to learn from and those to judge by; says which pictures were skipped."""
     sources, settings = open_sources(config.data, model.config.in_channels), config.codes
     model.to(ranks.device)
     shared = {"labels": settings.labels, "seed": config.train.seed}
@@ -248,6 +252,8 @@ def _encode(model: torch.nn.Module, config: Config, ranks: Ranks) -> tuple[Codes
     crops = Crops(sources.test, *sources.train[0].shape[1:])
     held_out = encode_dataset(model, crops, ranks, limit=settings.held_out, classes=codes.classes, **shared)
     model.cpu()
+    for line in skipped_lines({**sources.train.skipped, **sources.test.skipped}):
+        talk(line)
     return codes, held_out
 
 
@@ -300,8 +306,19 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} holds no prior (it has no prior.json); make one with: vqfast train-prior MODEL --out {folder}"
         )
     settings = read_json(path)
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+    if settings.get("format") != FORMAT:
         raise ConfigError(f"{path} is no description of priors that this vqfast reads ({FORMAT})")
+    try:
+        sizes = [size for rows, columns in settings["shapes"] for size in (rows, columns)]
+        whole = sizes and all(type(size) is int and size > 0 for size in sizes)
+        whole = whole and isinstance(settings["model"], str) and isinstance(settings["classes"], list)
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ConfigError(
+            f"{path} is damaged: it must hold \"model\" (a hash), \"shapes\" (rows and columns of each level) and "
+            f"\"classes\" (a list); remove it, and vqfast train-prior --resume {folder} writes it anew"
+        )
     return settings
 
 
@@ -327,4 +344,13 @@ def find_priors(
             f"the prior is not complete: {', '.join(missing)} is missing; go on with vqfast train-prior --resume {prior_path}"
         )
     levels = [load_pretrained(f) for f in folders]
-    return model, levels[0] if len(levels) == 1 else HierarchicalPrior(levels), settings
+    for place, level in zip(folders, levels):
+        if not isinstance(level, CodePrior):
+            raise ModelFileError(
+                f"{place} holds a {type(level).__name__}, but must hold a prior; remove it, and vqfast train-prior --resume "
+                f"{prior_path} writes it anew"
+            )
+    try:
+        return model, levels[0] if len(levels) == 1 else HierarchicalPrior(levels), settings
+    except ValueError as error:
+        raise ModelFileError(f"the levels in {prior_path} are not of one training: {error}") from None

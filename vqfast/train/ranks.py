@@ -6,6 +6,7 @@ import contextlib
 import gc
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,18 +98,23 @@ def start_ranks(device: str) -> Iterator[Ranks]:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name; auto is a GPU when there is one."""
+    """The device of that name; auto is a GPU when there is one.
+
+    Raises:
+        ConfigError: it is none of cpu, cuda and cuda:N, or PyTorch sees no such GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device cuda was asked for, but PyTorch sees no GPU here; use --device cpu")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name, re.ASCII)
+    if match is None:
+        raise ConfigError(f"there is no device {name!r} that vqfast runs on; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but PyTorch sees no GPU here; use --device cpu")
+    index = local_rank if match[1] is None else int(match[1])
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"there is no cuda:{index}: PyTorch sees {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     return device

@@ -12,12 +12,14 @@ from vqfast.train.evaluate import restore
 from vqfast.train.log import MetricsLog
 from vqfast.train.plots import Chart, picture_grid, save_charts, save_picture
 
+SHOWN = 8  # pictures in the grid
+
 
 def draw_report(model: torch.nn.Module, dataset, log: MetricsLog, folder: Path, step: int):
     """Writes ``pictures/step-NNNNNN.png`` and ``plots/training.png`` and ``.svg``; returns the grid as a Pillow
     image.
     """
-    pixels = sample_pictures(dataset, 8)
+    pixels = sample_pictures(dataset, SHOWN)
     restored, codes, _ = restore(model, pixels)
     columns = min(4, max(1, 1500 // pixels.shape[3]))
     grid = picture_grid(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqfast.models import load_pretrained
+from vqfast.models import CodePrior, ModelFileError, load_pretrained
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import CheckpointError
 from vqfast.train.config import PRIORS, Config, ConfigError, build_model, config_from, merged, read_json
 from vqfast.train.log import read_metrics
-from vqfast.train.loop import Outcome, Say, Trainer
+from vqfast.train.loop import Outcome, Say, Trainer, TrainingError
 from vqfast.train.pictures import PictureTrainer
 from vqfast.train.ranks import start_ranks
 
@@ -63,7 +64,7 @@ def changed_config(folder: Path, overrides: Mapping[str, Any]) -> tuple[Config, 
     """
     before = config_from(read_json(folder / "config.json"))
     config = config_from(merged(before.to_dict(), overrides))
-    changes = _differences(before, config)
+    changes = differences(before, config)
     if any(name.startswith("model.") for name in changes):
         raise ConfigError(f"the model of a run cannot change: {', '.join(changes)}; begin a new run with --out")
     return config, [f"changed: {change}" for change in changes]
@@ -99,6 +100,13 @@ def finish(make: Callable[[], Trainer], talk: Say, again: str, watch=None, notes
         if watch is not None:
             watch(trainer)
         outcome = trainer.run()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or not (trainer.folder / "config.json").exists():
+            raise
+        raise TrainingError(
+            f"training stopped at step {trainer.step} because {error.filename or trainer.folder} cannot be written or read: "
+            f"{error.strerror or error}. Put that right, then go on with: {again}"
+        ) from None
     finally:
         trainer.close()
     if outcome.interrupted:
@@ -128,18 +136,35 @@ def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
 
     Returns:
         The model in eval mode on the CPU, the run's configuration if there is one, and where the weights came from.
+        Checkpoints that are damaged are named on stderr when an older one takes their place.
 
     Raises:
-        ConfigError, CheckpointError, ModelFileError: nothing there, or it is damaged.
+        ConfigError, CheckpointError, ModelFileError: nothing there, it is damaged, or it is a prior.
     """
+    found = _find(path)
+    if isinstance(found[0], CodePrior):
+        raise ConfigError(
+            f"{path} holds a prior, which models codes and not pictures; name the model that it was trained for"
+        )
+    return found
+
+
+def _find(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
     if path.is_file():
         return _from_checkpoint(checkpoints.load_checkpoint(path), str(path))
     if (path / "checkpoints").is_dir():
-        start, _ = checkpoints.load_latest(path / "checkpoints")
+        try:
+            start, complaints = checkpoints.load_latest(path / "checkpoints")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_whole_model(path / 'model')}") from None
+        for text in complaints:
+            print(f"skipped: {text}", file=sys.stderr)
         if start is not None:
             return _from_checkpoint(start, f"{path}, step {start.meta['step']}")
     if (path / "model.safetensors").exists():
         return load_pretrained(path), None, str(path)
+    if (path / "prior.json").exists():
+        raise ConfigError(f"{path} holds a prior, which models codes and not pictures; name the model that it was trained for")
     if (path / "config.json").exists():
         raise CheckpointError(f"the run in {path} has no checkpoint yet; let it train longer")
     raise ConfigError(
@@ -147,6 +172,15 @@ def find_model(path: Path) -> tuple[torch.nn.Module, Config | None, str]:
         if path.exists()
         else f"there is no {path}; give a run's folder, a checkpoint file, or a folder from save_pretrained"
     )
+
+
+def _whole_model(folder: Path) -> str:
+    """The end of a sentence about damaged checkpoints: the finished model beside them, if it can stand in for them."""
+    try:
+        load_pretrained(folder)
+    except (OSError, ModelFileError):
+        return ""
+    return f"; the finished model is whole, name its folder: {folder}"
 
 
 def _from_checkpoint(start, source: str) -> tuple[torch.nn.Module, Config, str]:
@@ -161,7 +195,8 @@ def last_metrics(folder: Path) -> dict:
     return (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
 
 
-def _differences(before: Config, after: Config) -> list[str]:
+def differences(before: Config, after: Config) -> list[str]:
+    """One text like `train.steps 4 -> 6` for each setting that differs."""
     a, b = before.to_dict(), after.to_dict()
     return [
         f"{section}.{key} {a[section].get(key)} -> {value}"
