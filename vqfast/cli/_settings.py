@@ -111,6 +111,12 @@ class Pictures:
             raise UserError(str(error)) from None
         self.skipped = self._folder.skipped
 
+    def spread(self, count: int) -> None:
+        """Lets `count` evenly spread ones come first; the others follow, to stand in for those that cannot be read."""
+        paths = self._folder.paths
+        count = min(count, len(paths))
+        self._folder.paths = list(dict.fromkeys([*(paths[i * len(paths) // count] for i in range(count)), *paths]))
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name relative to the folder, uint8 [C, H, W])."""
         for path, picture in self._folder.iterate():

@@ -58,9 +58,7 @@ def _pictures(args, model, config):
     channels = model.config.in_channels
     if args.data is not None and args.data not in SOURCES:
         source = Pictures(args.data, channels)
-        paths, number = source._folder.paths, min(args.pictures, len(source._folder.paths))
-        # Evenly spread ones first; the others follow, to stand in for those that cannot be read.
-        source._folder.paths = list(dict.fromkeys([*(paths[i * len(paths) // number] for i in range(number)), *paths]))
+        source.spread(args.pictures)
         return (picture for _, picture in itertools.islice(source, args.pictures)), args.data, source
     if args.data is None and config is None:
         raise UserError(f"{args.model} does not say what it was trained on; name the pictures with --data")

@@ -38,6 +38,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count is {args.count}, --batch-size {args.batch_size}; both must be at least 1")
+    if not 0 <= args.seed < 2**62:  # levels add to it
+        raise UserError(f"--seed is {args.seed}, but must lie in 0..2**62 - 1")
     (check_output_file if is_sheet(args.out) else check_output_folder)(args.out)
     model, prior, settings = find_priors(args.model, args.prior)
     labels = labels_for(args, settings["classes"])
