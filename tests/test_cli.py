@@ -364,44 +364,18 @@ def test_every_mistake_is_one_sentence_and_exit_code_2(run, other, pictures, cap
     assert not (tmp_path / "n.vqt").exists(), "a failed encode leaves no file"
 
 
-@pytest.mark.parametrize("name", ["../x.png", "/tmp/x.png", "a/../../x.png", "", "."])
+@pytest.mark.parametrize("name", ["../x.png", "/tmp/x.png", "a/../../x.png", "", "C:/x.png", "a\\..\\x.png", "."])
 def test_decode_never_writes_outside_its_folder(run, name, capsys, tmp_path):
     model, _, _ = find_model(run)
     with TokenWriter(tmp_path / "t.vqt", model=model_hash(model.state_dict()), codebook_sizes=[16]) as writer:
         writer.write(name, 8, 8, [np.zeros((2, 2), int)])
     code, _, err = vqfast(capsys, "decode", run, tmp_path / "t.vqt", tmp_path / "deep" / "out")
+    out = tmp_path / "deep" / "out"
+    if os.name != "nt" and name in ("C:/x.png", "a\\..\\x.png"):  # there these lead outside, here they are names like others
+        assert code == 0 and {path for path in tmp_path.rglob("*") if path.is_file()} == {out / name, tmp_path / "t.vqt"}
+        return
     assert code == 2 and "outside the folder" in err
     assert [path.name for path in tmp_path.iterdir()] == ["t.vqt"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="nowhere: there these are no letters")
-def test_names_with_odd_letters_go_there_and_back(run, capsys, tmp_path):
-    names = ["a 12:30.png", "C:/x.png", "a\\..\\x.png", "n" * 245 + ".png", "b.jpg", "b.png/c.png"]
-    model, _, _ = find_model(run)
-    with TokenWriter(tmp_path / "t.vqt", model=model_hash(model.state_dict()), codebook_sizes=[16]) as writer:
-        for name in ["../refused.png", *names]:
-            writer.write(name, 8, 8, [np.zeros((2, 2), int)])
-    code, _, err = vqfast(capsys, "decode", run, tmp_path / "t.vqt", tmp_path / "out")
-    assert code == 2 and "../refused.png" in err and "6 pictures are in" in err
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert found == {*names[:4], "b.png", "b.png.2/c.png"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "t.vqt"]
-
-
-def test_outputs_replace_neither_inputs_nor_devices(run, capsys, tmp_path):
-    picture = tmp_path / "pictures" / "a.png"
-    save_picture(picture, torch.zeros(3, 8, 8, dtype=torch.uint8))
-    before = picture.read_bytes()
-    os.mkfifo(tmp_path / "pipe")
-    for argv in (["encode", run, picture.parent, picture], ["reconstruct", run, picture.parent, picture.parent],
-                 ["encode", run, picture.parent, tmp_path / "pipe"]):  # fmt: skip
-        code, _, err = vqfast(capsys, *argv)
-        assert code == 2 and "overwrit" in err and "Traceback" not in err, argv
-    assert picture.read_bytes() == before and (tmp_path / "pipe").is_fifo()
-    (tmp_path / "target.vqt").write_text("old")
-    (tmp_path / "link.vqt").symlink_to("target.vqt")
-    assert vqfast(capsys, "encode", run, picture.parent, tmp_path / "link.vqt")[0] == 0
-    assert (tmp_path / "link.vqt").is_symlink() and (tmp_path / "target.vqt").read_bytes() != b"old"
 
 
 @pytest.mark.parametrize("width, height", [(9, 8), (4, 8), (2**32 - 1, 2**32 - 1), (0, 0)])

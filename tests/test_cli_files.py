@@ -1,5 +1,6 @@
 """The commands that read and write files: names, outputs that must not be lost or overwritten, and an end half-way."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -132,6 +133,17 @@ def test_links_are_written_through_and_other_kinds_are_refused(tmp_path):
         with pytest.raises(OSError, match="name a file"):
             _files.write_atomic(path, "new")
     assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_named_whatever_was_written(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "out.vqt").write_text("old")
+    with pytest.raises(OSError, match="No space left.*out.vqt"):
+        _files.write_atomic(tmp_path / "out.vqt", "new")
+    assert (tmp_path / "out.vqt").read_text() == "old" and not list(tmp_path.glob(".*"))
 
 
 @posix

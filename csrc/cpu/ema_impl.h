@@ -47,7 +47,7 @@ bool sum_rows(const float* base, int64_t ld, const int64_t* at, int64_t n, int64
   return check[0] == 0.0;
 }
 
-// Plain loops: the compiler makes this level's vectors of them.
+// Plain loops from here on: the compiler makes this level's vectors of them.
 inline bool all_finite(const float* values, int64_t dim) {
   uint32_t unlike = 0;  // a value minus itself is 0, but for NaN and Inf
   for (int64_t d = 0; d < dim; ++d) unlike |= (uint32_t)(values[d] - values[d] != 0.0f);

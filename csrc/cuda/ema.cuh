@@ -316,7 +316,8 @@ __global__ void __launch_bounds__(kAnyRowThreads) ema_any_row_kernel(EmaProblem 
 }
 
 // size <- decay size + (1 - decay) n; sum <- decay sum + (1 - decay) s; code <- sum / size, unless size < eps, the code is
-// frozen, or the mean is not finite; nothing of a code whose sum would not be finite, and nothing in a group without rows. Computed in float64, stored in the state's dtype; the mean is taken of what was stored.
+// frozen, or the mean is not finite. Nothing of a code whose sum would not be finite changes, and nothing in a group without rows.
+// Computed in float64, stored in the state's dtype; the mean is taken of what was stored.
 __global__ void __launch_bounds__(32 * kSumWarps) ema_update_kernel(EmaProblem p) {
   const i64 k = i64(blockIdx.x) * kSumWarps + threadIdx.x / 32;  // of G K codes
   const int lane = threadIdx.x % 32;

@@ -402,6 +402,14 @@ def test_a_batch_whose_sums_overflow_is_forgotten(backend, kind, rule):
     assert all(t.isfinite().all() for t in learned(layer).values())
 
 
+@EVERY_KIND
+def test_an_empty_step_leaves_codes_of_unit_length_alone(backend, kind):
+    layer = layer_for(backend, kind, metric="cosine", codebook_size=64)
+    before = state_of(layer)
+    layer(put(backend, torch.full((5, DIM), torch.nan)))
+    same_state(layer, before)
+
+
 def test_an_empty_step_is_no_step(backend):
     """The debiased rule divides by 1 - decay^t, where t counts steps that had rows."""
     layer, other = (layer_for(backend, "ema", rule="debiased", decay=0.9) for _ in range(2))

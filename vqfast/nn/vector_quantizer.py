@@ -413,8 +413,9 @@ class VectorQuantizerEMA(_Quantizer):
         frozen = self._grouped(self.frozen) if self._any_frozen else None
         RULES[self.rule](*state, self.updates + 1, sums, counts, frozen, self.decay, self.eps)
         if self.metric == "cosine":
-            unit = nn.functional.normalize(self.codebook, dim=-1)
-            self.codebook.copy_(torch.where(self.frozen[..., None], self.codebook, unit) if self._any_frozen else unit)
+            # Normalising is not idempotent: what may not move is not normalised again.
+            codebook, moves = self._grouped(self.codebook), (counts.sum(-1) > 0)[:, None] & ~self._grouped(self.frozen)
+            codebook.copy_(torch.where(moves[..., None], nn.functional.normalize(codebook, dim=-1), codebook))
 
     def _revived(self, codebook: Tensor, replaced: Tensor, fresh: float) -> None:
         cluster_sum = self._grouped(self.cluster_sum)

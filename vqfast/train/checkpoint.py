@@ -55,12 +55,8 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     content = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **meta}, sort_keys=True)
     path = checkpoint_path(folder, meta["step"])
-    content = save(content, {"vqfast": text, "sha256": hash_tensors(content, text.encode())})
-    try:
-        with atomic_file(path) as file:
-            file.write(content)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with atomic_file(path) as file:
+        file.write(save(content, {"vqfast": text, "sha256": hash_tensors(content, text.encode())}))
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
