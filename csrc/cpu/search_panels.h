@@ -254,18 +254,22 @@ inline void measure_rows(Batch<kTwos, kNear>& b) {
   }
 }
 
-// The most promising code of the kFirstPanels panels about a tile's home, for each of its rows. The vector that a score comes from stands in
-// its last bits, which do not matter here: one search for the least then tells score and place.
+// The most promising code of the kFirstPanels panels about a tile's home, for each of its rows: the nearest one if what the principal
+// directions leave over of row and code were orthogonal, which says more about a distance than its lower bound does. The vector that a score
+// comes from stands in its last bits, which do not matter here: one search for the least then tells score and place.
 template <int kTwos, int kNear>
 inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
   constexpr int32_t kLast = kFirstPanels * kPanel / W - 1;
   const PanelPlan& plan = *b.plan;
   const int64_t begin = home / kFirstPanels * kFirstPanels, end = begin + kFirstPanels < plan.panels_count ? begin + kFirstPanels : plan.panels_count;
+  int32_t principal[kTwos][kBatchRows];  // the tile's coordinates without the norm of the rest, the last one
+  for (int j = 0; j < kTwos; ++j)
+    for (int r = 0; r < kNear; ++r) principal[j][r] = b.q[j][tile * kNear + r] & (j == kTwos - 1 ? 0xFFFF : -1);
   I best[kNear];
   for (int r = 0; r < kNear; ++r) best[r] = iset(INT32_MAX);
   for (int64_t at = begin * kPanel; at < end * kPanel; at += kUnit) {
     I a[kNear], c[kNear];
-    score_on_grid<kTwos, kNear>(plan.panels + at / kPanel * kTwos * kPanel + at % kPanel, plan.start + at, b.q[0] + tile * kNear, a, c);
+    score_on_grid<kTwos, kNear>(plan.panels + at / kPanel * kTwos * kPanel + at % kPanel, plan.start + at, principal[0], a, c);
     const I vector = iset((int32_t)(at - begin * kPanel) / W), next = iset((int32_t)(at - begin * kPanel) / W + 1);
 #pragma GCC unroll 8
     for (int r = 0; r < kNear; ++r) best[r] = imin(best[r], imin(with_bits(a[r], iset(kLast), vector), with_bits(c[r], iset(kLast), next)));

@@ -118,6 +118,46 @@ def test_screened_data_takes_a_fraction_of_the_work():
     assert 0 < found.candidates <= found.evaluations + ROWS and found.panels <= found.panels_of_codebook * ROWS
 
 
+def latents(codes, dim):
+    """Rows and codes of one law, whose variance falls off over 64 directions, turned into as many dimensions as asked."""
+    spread = 1 / torch.arange(1, 65)
+    turn = torch.linalg.qr(cases.normal(dim, 64, seed=52))[0].T
+    return tuple((cases.normal(n, 64, seed=seed) * spread @ turn).contiguous() for n, seed in ((ROWS, 50), (codes, 51)))
+
+
+@pytest.mark.quick
+def test_work_of_a_row_grows_slower_than_the_codebook():
+    few, many = (_backends.search_counts(*latents(codes, 64)) for codes in (2_048, 16_384))
+    assert few.road == many.road == "panels"
+    assert many.evaluations + many.panels <= 4.5 * (few.evaluations + few.panels), f"{few[:9]}, {many[:9]}"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dim", [256, 1024])
+def test_counts_of_a_row_do_not_grow_with_the_dimensions(dim):
+    """What more dimensions cost is that each projection and comparison is longer; there are no more of them."""
+    narrow, wide = (_backends.search_counts(*latents(4_096, d)) for d in (64, dim))
+    assert narrow.road == wide.road == "panels"
+    assert wide.evaluations <= narrow.evaluations and wide.panels <= 1.05 * narrow.panels, f"{narrow[:9]}, {wide[:9]}"
+
+
+@pytest.mark.quick
+def test_first_bounds_are_good():
+    """Most comparisons are of codes that no bound could have spared, even with the least distance known beforehand."""
+    x, codebook = latents(4_096, 256)
+    found = _backends.search_counts(x, codebook)
+    least = vqfast.nearest(x, codebook).distance
+    centred = codebook - codebook.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False)[2][:11].T
+    points = []
+    for rows in (x - codebook.mean(0), centred):
+        kept = rows @ directions
+        rest = (rows.square().sum(-1) - kept.square().sum(-1)).clamp(min=0).sqrt()
+        points.append(torch.cat([kept, rest[:, None]], 1))
+    needed = (torch.cdist(*points).square() <= least[:, None]).sum()
+    assert needed <= found.evaluations <= 1.6 * needed, f"{found.evaluations / ROWS:.1f} of {needed / ROWS:.1f} a row"
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("x, codebook", [
     (torch.ones(4, 3).double(), torch.ones(2, 3)), (torch.ones(4, 3), torch.ones(2, 4)), (torch.ones(3, 4).T, torch.ones(2, 3)),
