@@ -254,9 +254,8 @@ inline void measure_rows(Batch<kTwos, kNear>& b) {
   }
 }
 
-// The most promising code of the kFirstPanels panels about a tile's home, for each of its rows: the nearest one if what the principal
-// directions leave over of row and code were orthogonal, which says more about a distance than its lower bound does. The vector that a score
-// comes from stands in its last bits, which do not matter here: one search for the least then tells score and place.
+// The most promising code of kFirstPanels panels about a tile's home, for each of its rows: the nearest if the rests of row and code were
+// orthogonal, which says more than the lower bound. The vector of a score stands in its last bits: one search tells score and place.
 template <int kTwos, int kNear>
 inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
   constexpr int32_t kLast = kFirstPanels * kPanel / W - 1;
