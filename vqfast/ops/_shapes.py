@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Callable, TypeVar
+
 import torch
 from torch import Tensor
 
 from vqfast._border import METRICS
 
+T = TypeVar("T")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -106,14 +109,29 @@ def check_indices(name: str, indices: Tensor) -> Tensor:
     return indices.to(torch.int64)
 
 
-def check_range(indices: Tensor, codebook_size: int, validate: bool | None) -> None:
-    """Raise IndexError for values outside -1..K-1: always on the CPU, elsewhere when `validate` asks (it waits for the device)."""
-    if torch.compiler.is_compiling() or not indices.numel():
+def check_range(indices: Tensor, codebook_size: int) -> None:
+    """Raise IndexError for values outside -1..K-1."""
+    if not indices.numel():
         return
+    low, high = (int(v) for v in indices.aminmax())
+    if low < -1 or high >= codebook_size:
+        raise IndexError(
+            f"indices hold values from {low} to {high}, but the codebook has {codebook_size} codes; an index must lie in"
+            f" 0..{codebook_size - 1}, or be -1 for a masked position."
+        )
+
+
+def with_range_checked(run: Callable[[], T], indices: Tensor, codebook_size: int, backend: str, validate: bool | None = None) -> T:
+    """run(), or IndexError for values outside -1..K-1: always on the CPU, elsewhere when `validate` asks (it waits for the device)."""
+    if torch.compiler.is_compiling():
+        return run()
+    if indices.device.type == "cpu" and backend in ("cpu", "reference"):  # they look at each index where they use it
+        try:
+            return run()
+        except RuntimeError as error:
+            refused = error
+        check_range(indices, codebook_size)
+        raise refused
     if validate if validate is not None else indices.device.type == "cpu":
-        low, high = (int(v) for v in indices.aminmax())
-        if low < -1 or high >= codebook_size:
-            raise IndexError(
-                f"indices hold values from {low} to {high}, but the codebook has {codebook_size} codes; an index must lie in"
-                f" 0..{codebook_size - 1}, or be -1 for a masked position."
-            )
+        check_range(indices, codebook_size)
+    return run()

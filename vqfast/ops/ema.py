@@ -76,10 +76,12 @@ def code_stats(x: Tensor, indices: Tensor, codebook_size: int, *, backend: str |
         )
     if codebook_size < 1:
         raise ValueError(f"codebook_size must be at least 1, got {codebook_size}.")
-    _shapes.check_range(indices, codebook_size, None)
     rows = x.reshape(1, 1, -1, x.shape[-1]) if x.dim() != 2 else x[None, None]
     chosen = _backends.choose("ema", backend, rows)
-    sums, counts = _border.call("code_stats", chosen)(rows, indices.reshape(1, 1, -1), codebook_size)
+    run = _border.call("code_stats", chosen)
+    sums, counts = _shapes.with_range_checked(
+        lambda: run(rows, indices.reshape(1, 1, -1), codebook_size), indices, codebook_size, chosen
+    )
     return CodeStats(sums[0], counts[0])
 
 

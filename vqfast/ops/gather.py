@@ -90,8 +90,8 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
         codebook: any floating dtype.
         indices: integers in 0..K-1, or -1 for a masked position.
         backend: see `nearest`.
-        validate: check the range before the lookup. By default always on the CPU and never on a GPU, where the check would
-            wait for the device; there an index out of range reads nothing and gives zeros.
+        validate: check the range. By default always on the CPU and never on a GPU, where the check would wait for the device;
+            there an index out of range reads nothing and gives zeros.
 
     Returns:
         Tensor of codebook's dtype.
@@ -112,10 +112,9 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
             f"codebook is {_shapes.describe(codebook)}, indices are {_shapes.describe(indices)}: a grouped codebook [G, K, D]"
             " needs indices [..., G, N] with the same G."
         )
-    _shapes.check_range(indices, groups.shape[1], validate)
     flat = _shapes.collapse_leading(indices, 2) if codebook.dim() == 3 else indices.reshape(1, 1, indices.numel())
     chosen = _backends.choose("gather", backend, groups)
-    rows = _apply(groups, flat, chosen)
+    rows = _shapes.with_range_checked(lambda: _apply(groups, flat, chosen), indices, groups.shape[1], chosen, validate)
     return rows.reshape(*indices.shape, codebook.shape[-1])
 
 
