@@ -215,23 +215,17 @@ std::tuple<Tensor, Tensor> code_stats_cpu(Tensor x, Tensor indices, int64_t code
 
 Tensor straight_through_cpu(Optional grad, Tensor x, Tensor codes, Tensor indices, double factor) {
   Tensor out = torch::stable::empty_like(x);
-  vqfast::Target target = target_of(out);
-  std::vector<Tensor> held;
-  // As `out` lies, so that a loop runs along the same axis of all.
-  const auto laid_out = [&](const Tensor& t, const char* name) {
-    View view = view_of(t, 4, name);
+  const vqfast::Target target = target_of(out);
+  const auto like_x = [&](const Tensor& t, const char* name) {
+    const View view = view_of(t, 4, name);
     STD_TORCH_CHECK(view.type == target.type && std::equal(view.size, view.size + 4, target.size), name, " must have x's shape and dtype.");
-    const int64_t axis = target.stride[3] == 1 ? 3 : 2;
-    if (view.stride[axis] == 1 || target.stride[axis] != 1) return view;
-    held.push_back(torch::stable::empty_like(out));
-    vqfast::lay_out(view, target_of(held.back()), pool());
-    return view_of(held.back(), 4, name);
+    return view;
   };
-  const View rows = laid_out(x, "x");
+  const View rows = view_of(x, 4, "x");
   View through{};
-  if (grad) through = laid_out(*grad, "grad");
+  if (grad) through = like_x(*grad, "grad");
   const bool are_rows = codes.dim() == 4;
-  const View given = are_rows ? laid_out(codes, "codes") : view_of(codes, 3, "codes");
+  const View given = are_rows ? like_x(codes, "codes") : view_of(codes, 3, "codes");
   if (!are_rows) check_pair(rows, given);
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 && indices.size(0) == rows.size[0] &&
                       indices.size(1) == rows.size[1] && indices.size(2) == rows.size[2],

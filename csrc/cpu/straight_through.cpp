@@ -29,30 +29,75 @@ bool pull_line(const T* x, const T* grad, Code code, float factor, int64_t n, T*
   return bad == 0;
 }
 
-// One block of rows of a group: x, grad, out and, where codes are rows, `written` point to the first of them.
+// A block of one tensor: rows and coordinates lie as far apart as `stride` says.
+template <class T>
+struct Part {
+  const T* data = nullptr;
+  int64_t stride[2] = {};
+};
+
+// Blocks of a tensor in the layout of `out`, whose coordinates (axis 3) or rows (axis 2) lie one after the other: as they are, or brought to it.
+template <class T>
+class Parts {
+ public:
+  Parts(const View* v, int axis) : v_(v), axis_(axis), brought_(v && v->stride[axis] != 1 ? kRowsTogether * v->size[3] : 0) {}
+
+  Part<T> of(int64_t b, int64_t g, int64_t first, int64_t rows) {
+    if (!v_) return {};
+    const T* from = static_cast<const T*>(v_->data) + place(*v_, b, g, first);
+    const int64_t next[2] = {v_->stride[2], v_->stride[3]};
+    if (brought_.empty()) return {from, {next[0], next[1]}};
+    const int64_t dim = v_->size[3], row = axis_ == 3 ? dim : 1, column = axis_ == 3 ? 1 : kRowsTogether;
+    T* to = brought_.data();
+    if (axis_ == 3 && next[0] == 1) {
+      int64_t d = 0;
+      for (; d + 4 <= dim; d += 4) {  // values that are written as one
+        const T* at = from + d * next[1];
+        for (int64_t j = 0; j < 4; ++j) fetch_next<0>(at + j * next[1]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T values[4] = {at[r], at[r + next[1]], at[r + 2 * next[1]], at[r + 3 * next[1]]};
+          memcpy(to + r * dim + d, values, sizeof(values));
+        }
+      }
+      for (; d < dim; ++d)
+        for (int64_t r = 0; r < rows; ++r) to[r * dim + d] = from[r + d * next[1]];
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < dim; ++d) to[r * row + d * column] = from[r * next[0] + d * next[1]];
+    }
+    return {to, {row, column}};
+  }
+
+ private:
+  const View* v_;
+  int axis_;
+  std::vector<T> brought_;
+};
+
+// One block of rows of a group: x, grad, out and, where codes are rows, `written` begin with the first of them.
 template <Type type>
 struct Block {
   using T = typename Element<type>::T;
-  const T *x, *grad, *written;
+  Part<T> x, grad, written;
   T* out;
+  const int64_t* out_stride;  // of rows and of coordinates
   const int64_t* index;
   const Rows* codebook;  // where there is no `written`
   int64_t rows, more, dim;  // of the block, and that follow in its place
-  const int64_t *x_stride, *grad_stride, *written_stride, *out_stride;  // of rows and of coordinates
   float factor;
 
-  float code(int64_t r, int64_t d) const {
-    return written ? Element<type>::widen(written[r * written_stride[0] + d * written_stride[1]]) : codebook->row(index[r])[d];
+  static float value(const Part<T>& part, int64_t r, int64_t d) {
+    return Element<type>::widen(part.data[r * part.stride[0] + d * part.stride[1]]);
   }
 
   // Row by row and value by value, whatever lies where.
   void with_care() const {
     for (int64_t r = 0; r < rows; ++r) {
-      const auto rest = [&](int64_t d) { return Element<type>::widen(x[r * x_stride[0] + d * x_stride[1]]) - code(r, d); };
+      const auto rest = [&](int64_t d) { return value(x, r, d) - (written.data ? value(written, r, d) : codebook->row(index[r])[d]); };
       bool counts = index[r] >= 0;
       for (int64_t d = 0; counts && d < dim; ++d) counts = (bits_as<uint32_t>(rest(d)) & 0x7F800000) != 0x7F800000;
       for (int64_t d = 0; d < dim; ++d) {
-        const float through = grad && index[r] >= 0 ? Element<type>::widen(grad[r * grad_stride[0] + d * grad_stride[1]]) : 0.0f;
+        const float through = grad.data && index[r] >= 0 ? value(grad, r, d) : 0.0f;
         out[r * out_stride[0] + d * out_stride[1]] = Element<type>::narrow(counts ? through + factor * rest(d) : through);
       }
     }
@@ -62,13 +107,13 @@ struct Block {
   bool by_rows() const {
     for (int64_t r = 0; r < rows; ++r) {
       T* to = out + r * out_stride[0];
-      const T *from = x + r * x_stride[0], *through = grad ? grad + r * grad_stride[0] : nullptr;
+      const T *from = x.data + r * x.stride[0], *through = grad.data ? grad.data + r * grad.stride[0] : nullptr;
       bool fine;
       if (index[r] < 0) {
         fine = true;
         std::fill(to, to + dim, T(0));
-      } else if (written) {
-        const T* values = written + r * written_stride[0];
+      } else if (written.data) {
+        const T* values = written.data + r * written.stride[0];
         fine = pull_line<type>(from, through, [&](int64_t d) { return Element<type>::widen(values[d]); }, factor, dim, to);
       } else {
         const float* values = codebook->row(index[r]);
@@ -84,19 +129,19 @@ struct Block {
     const float* from[kRowsTogether];
     float tile[4][kRowsTogether];
     bool fine = true;
-    for (int64_t r = 0; r < rows && !written; ++r) from[r] = index[r] < 0 ? zeros : codebook->row(index[r]);
+    for (int64_t r = 0; r < rows && !written.data; ++r) from[r] = index[r] < 0 ? zeros : codebook->row(index[r]);
     for (int64_t d = 0; d < dim && fine; ++d) {
-      if (!written && d % 4 == 0) columns_of(from, rows, d, dim, tile);
-      const T *column = x + d * x_stride[1], *through = grad ? grad + d * grad_stride[1] : nullptr;
+      if (!written.data && d % 4 == 0) columns_of(from, rows, d, dim, tile);
+      const T *column = x.data + d * x.stride[1], *through = grad.data ? grad.data + d * grad.stride[1] : nullptr;
       T* to = out + d * out_stride[1];
       if (more >= kRowsTogether) {
         fetch_next<0>(column);
-        if (grad) fetch_next<0>(through);
+        if (grad.data) fetch_next<0>(through);
         fetch_next<1>(to);
       }
       const float* values = tile[d % 4];
-      if (written) {
-        const T* given = written + d * written_stride[1];
+      if (written.data) {
+        const T* given = written.data + d * written.stride[1];
         fine = pull_line<type>(column, through, [&](int64_t r) { return Element<type>::widen(given[r]); }, factor, rows, to);
       } else {
         fine = pull_line<type>(column, through, [&](int64_t r) { return values[r]; }, factor, rows, to);
@@ -137,21 +182,17 @@ void pull_group(const View& x, const View* grad, const View* written, const Rows
                 const Target& out, int64_t g, const Parallel& parallel) {
   using T = typename Element<type>::T;
   const int64_t groups = x.size[1], n = x.size[2], dim = x.size[3], blocks = (n + kRowsTogether - 1) / kRowsTogether;
-  const auto all = [&](int axis) {  // tensors have stride 1 there
-    return x.stride[axis] == 1 && out.stride[axis] == 1 && (!grad || grad->stride[axis] == 1) && (!written || written->stride[axis] == 1);
-  };
-  const bool rows_lie = all(3), columns_lie = all(2);
+  const int axis = out.stride[3] == 1 ? 3 : 2;
   const std::vector<float> zeros(dim, 0.0f);
   parallel(x.size[0] * blocks, 8, [&](int64_t begin, int64_t end) {
+    Parts<T> of_x(&x, axis), of_grad(grad, axis), of_written(written, axis);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / blocks, first = i % blocks * kRowsTogether;
-      const auto at = [&](const auto& v) { return static_cast<const T*>(v.data) + place(v, b, g, first); };
-      T* to = static_cast<T*>(out.data) + place(out, b, g, first);
-      const int64_t rows = std::min(kRowsTogether, n - first), more = n - first - rows;
-      const Block<type> block = {at(x), grad ? at(*grad) : nullptr, written ? at(*written) : nullptr, to,
-                                 indices + (b * groups + g) * n + first, codebook, rows, more, dim, x.stride + 2,
-                                 grad ? grad->stride + 2 : nullptr, written ? written->stride + 2 : nullptr, out.stride + 2, factor};
-      if (!(rows_lie ? block.by_rows() : columns_lie && block.by_columns(zeros.data()))) block.with_care();
+      const int64_t b = i / blocks, first = i % blocks * kRowsTogether, rows = std::min(kRowsTogether, n - first);
+      const Block<type> block = {of_x.of(b, g, first, rows), of_grad.of(b, g, first, rows), of_written.of(b, g, first, rows),
+                                 static_cast<T*>(out.data) + place(out, b, g, first), out.stride + 2,
+                                 indices + (b * groups + g) * n + first, codebook, rows, n - first - rows, dim, factor};
+      const bool fine = out.stride[axis] == 1 && (axis == 3 ? block.by_rows() : block.by_columns(zeros.data()));
+      if (!fine) block.with_care();
     }
   });
 }

@@ -129,16 +129,6 @@ Rows rows_of_group(const View& v, int64_t group, const Parallel& parallel) {
   return rows;
 }
 
-void lay_out(const View& from, const Target& to, const Parallel& parallel) {
-  for (int64_t g = 0; g < from.size[1]; ++g) {
-    const Rows rows = rows_of_group(from, g, parallel);
-    parallel(rows.count, 512, [&](int64_t begin, int64_t end) {
-      RowWriter writer(to, g);
-      for (int64_t i = begin; i < end; ++i) writer.add(i, rows.row(i));
-    });
-  }
-}
-
 void RowWriter::flush() {
   if (count_ == 0) return;
   const int64_t b = first_ / to_.size[2], n = first_ % to_.size[2];

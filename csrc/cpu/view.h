@@ -109,7 +109,4 @@ class RowWriter {
   const float* waiting_[kRowsTogether];
 };
 
-// The same rows, of the same type, in another layout.
-void lay_out(const View& from, const Target& to, const Parallel& parallel);
-
 }  // namespace vqfast
