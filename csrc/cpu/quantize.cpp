@@ -88,6 +88,46 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
   out.sq_error[0] = out.sq_error[1] = error;
 }
 
+namespace {
+
+// One group of a residual quantizer after the search: its rows as given, the codes of all levels, and how many of them each row took.
+struct Levels {
+  const Rows* rows;
+  std::vector<Rows> codes;
+  std::vector<int32_t> taken;  // fewer than there are: masked, or not finite from there on
+  const bool* mask;
+};
+
+// The sum of each row's codes, and of what each level left over of it (pull), level by level in registers and first-level cache.
+void add_up(const Levels& of, const StepOutputs& out, int64_t g, int64_t groups, int64_t per_batch, float* pull, const Parallel& parallel) {
+  const int64_t dim = of.rows->dim, count = of.rows->count, levels = (int64_t)of.codes.size();
+  parallel(count, 512, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kSlots = kRowsTogether + 1;  // the writer keeps kRowsTogether rows waiting while the next one is made
+    std::vector<float> sums(kSlots * dim), left(dim), spare(dim);
+    RowWriter writer(out.quantized, g);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
+      const bool masked = of.mask && !of.mask[i];
+      float *sum = &sums[i % kSlots * dim], *pulled = pull ? pull + at * dim : spare.data();
+      if (of.taken[i] < levels) std::fill(sum, sum + dim, masked ? 0.0f : NAN);
+      if (of.taken[i] == 0) std::fill(pulled, pulled + dim, 0.0f);
+      const float* before = of.rows->row(i);
+      for (int64_t q = 0; q < of.taken[i]; ++q, before = left.data()) {
+        const float* code = of.codes[q].row(out.indices[q * count * groups + at]);
+        const bool add = of.taken[i] == levels;
+        for (int64_t d = 0; d < dim; ++d) {
+          left[d] = before[d] - code[d];
+          pulled[d] = q == 0 ? left[d] : pulled[d] + left[d];
+        }
+        for (int64_t d = 0; add && d < dim; ++d) sum[d] = q == 0 ? code[d] : sum[d] + code[d];
+      }
+      writer.add(i, sum);
+    }
+  });
+}
+
+}  // namespace
+
 void residual(const View& x, const View& codebooks, const bool* mask, Metric metric, const StepOutputs& out, float* pull,
               const Parallel& parallel) {
   FloatMode mode;
@@ -95,12 +135,13 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
   const int64_t k = codebooks.size[2], dim = x.size[3];
   std::vector<double> score(count);
   std::vector<int64_t> index(count), kept(count);
-  std::unique_ptr<float[]> rest(new float[std::max<int64_t>(1, count * dim)]), total(new float[std::max<int64_t>(1, count * dim)]);
+  std::unique_ptr<float[]> rest(new float[std::max<int64_t>(1, levels > 1 ? count * dim : 0)]);
   const int64_t type_bytes = codebooks.type == Type::kFloat32 ? 4 : 2;
   double error = 0;
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Rows given = rows_of_group(x, g, parallel);
+    Levels met = {&given, {}, std::vector<int32_t>(count, 0), mask};
     for (int64_t q = 0; q < levels; ++q) {
       View level = codebooks;
       level.data = static_cast<const char*>(codebooks.data) + q * codebooks.stride[0] * type_bytes;
@@ -110,52 +151,36 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       rows.ld = q == 0 ? given.ld : dim;
       rows.count = count;
       rows.dim = dim;
-      const Rows codebook = rows_of_group(level, g, parallel);
+      met.codes.push_back(rows_of_group(level, g, parallel));
+      const Rows& codebook = met.codes.back();
       const ExactCodes codes = {codebook.data, codebook.ld, codebook.dim, nullptr, metric};
       search_rows(codes, codebook.count, rows, Hints{}, parallel, Road::kAuto, score.data(), index.data(), nullptr);
       int64_t nonfinite = 0;
       int64_t* indices = out.indices + q * count * groups;
-      error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel,
-                           [&] {
-                             return [&](int64_t i, bool masked, const float* code) {
-                               const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;
-                               indices[at] = masked ? -1 : index[i];
-                               float* sum = total.get() + i * dim;
-                               for (int64_t d = 0; d < dim; ++d) {
-                                 const float value = masked ? 0.0f : code ? code[d] : NAN;
-                                 sum[d] = q == 0 ? value : sum[d] + value;
-                               }
-                             };
-                           });
+      error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel, [&] {
+        return [&](int64_t i, bool masked, const float* code) {
+          indices[(i / per_batch * groups + g) * per_batch + i % per_batch] = masked ? -1 : index[i];
+          met.taken[i] += code != nullptr;
+        };
+      });
       code_stats(rows, kept.data(), k, out.sums ? out.sums + (q * groups + g) * k * dim : nullptr,
                  out.counts + (q * groups + g) * k, parallel);
-      // The rest is rewritten in place, so this comes after the sums that need it as it was.
-      if (q + 1 < levels || pull) {
-        parallel(count, 512, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            float* left = rest.get() + i * dim;
-            if (kept[i] >= 0) {
-              const float* row = rows.row(i);
-              const float* code = codes.codes + index[i] * codes.ld;
-              for (int64_t d = 0; d < dim; ++d) left[d] = row[d] - code[d];
-            } else {
-              std::fill(left, left + dim, mask && !mask[i] ? 0.0f : NAN);
-            }
-            if (!pull) continue;
-            float* sum = pull + ((i / per_batch * groups + g) * per_batch + i % per_batch) * dim;
-            for (int64_t d = 0; d < dim; ++d) {
-              const float value = kept[i] >= 0 ? left[d] : 0.0f;
-              sum[d] = q == 0 ? value : sum[d] + value;
-            }
-          }
-        });
-      }
       if (q == 0) *out.nonfinite += nonfinite;
+      if (q + 1 == levels) break;
+      // The rest is rewritten in place, so this comes after the sums that need it as it was.
+      parallel(count, 512, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          float* left = rest.get() + i * dim;
+          if (kept[i] >= 0) {
+            const float *row = rows.row(i), *code = codebook.row(index[i]);
+            for (int64_t d = 0; d < dim; ++d) left[d] = row[d] - code[d];
+          } else {
+            std::fill(left, left + dim, mask && !mask[i] ? 0.0f : NAN);
+          }
+        }
+      });
     }
-    parallel(count, 512, [&](int64_t begin, int64_t end) {
-      RowWriter writer(out.quantized, g);
-      for (int64_t i = begin; i < end; ++i) writer.add(i, total.get() + i * dim);
-    });
+    add_up(met, out, g, groups, per_batch, pull, parallel);
   }
   out.sq_error[0] = out.sq_error[1] = error;
 }
