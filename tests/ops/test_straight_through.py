@@ -58,14 +58,24 @@ def test_rows(backend, dtype, by_rows, dim):
     verify(backend, grad.contiguous(), x.contiguous(), codebook, indices, by_rows=by_rows)
 
 
+@DTYPE
 @pytest.mark.parametrize("by_rows", [False, True], ids=["codebook", "rows"])
-@pytest.mark.parametrize("which", ["none", "expanded", "rows", "every_second"])
-def test_gradients_that_lie_otherwise(backend, which, by_rows):
-    grad, x, codebook, indices = problem()
-    spread = torch.zeros(3, 2, 165, 18)
+@pytest.mark.parametrize("contiguous", [False, True], ids=["channels_first", "x_in_rows"])
+@pytest.mark.parametrize("which", ["none", "one_value", "one_row", "value_of_each_row", "rows", "columns", "every_second"])
+def test_gradients_that_lie_otherwise(backend, which, contiguous, by_rows, dtype):
+    grad, x, codebook, indices = problem(dtype)
+    spread = torch.zeros(3, 2, 165, 18, dtype=dtype)
     spread[..., ::2] = grad
-    grads = {"none": None, "expanded": torch.tensor(0.5).expand(x.shape), "rows": grad.contiguous(), "every_second": spread[..., ::2]}
-    verify(backend, grads[which], x, codebook, indices, by_rows=by_rows)
+    grads = {
+        "none": None,
+        "one_value": torch.tensor(0.5, dtype=dtype).expand(x.shape),
+        "one_row": grad[:1, :1, :1].expand(x.shape),
+        "value_of_each_row": grad[..., :1].expand(x.shape),
+        "rows": grad.contiguous(),
+        "columns": grad,
+        "every_second": spread[..., ::2],
+    }
+    verify(backend, grads[which], x.contiguous() if contiguous else x, codebook, indices, by_rows=by_rows)
 
 
 @pytest.mark.parametrize("by_rows", [False, True], ids=["codebook", "rows"])
