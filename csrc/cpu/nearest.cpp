@@ -46,8 +46,8 @@ void start_row(Row* row, const float* exact) {
 // and what two cost to begin and to compare.
 double dense_cost(int64_t codes, int64_t dim) { return (double)codes * (dim + 2) / 16.0; }
 
-// What bytes cost at least, as a part of that: 64 products an operation, then what 15 cost to bound 16 codes.
-constexpr double least_of_bytes(int64_t dim) { return (dim / 4.0 + 15) / (dim + 2); }
+// What bytes cost at least, as a part of that: 64 products an operation, then what 10 cost to bound 16 codes.
+constexpr double least_of_bytes(int64_t dim) { return (dim / 4.0 + 10) / (dim + 2); }
 static_assert(least_of_bytes(kLeastByteDim) < 1 && least_of_bytes(kLeastByteDim - 1) >= 1, "where bytes begin to win");
 
 // distance of a score: the contract's line 1.

@@ -1,13 +1,15 @@
 // The dense road in bytes. Included by search_impl.h; a level has it where one instruction adds four products of bytes.
 #if defined(__AVX512VNNI__)
 
-// Dots of kUnit codes with kRows rows, held in registers from the first coordinate to the last. Codes carry 128 too much; -128 times the
-// sum of a row takes it away.
-inline __attribute__((always_inline)) void dot_unit(const int32_t* codes, const int32_t* tile, const ByteRow* steps, int64_t quads,
-                                                    I (&a)[kRows], I (&b)[kRows]) {
+// Scores of kUnit codes for kRows rows, row r's at to + r * kByteScores: the dots are held in registers from the first coordinate to the last.
+// Codes carry 128 too much; -128 times the sum of a row takes it away.
+inline __attribute__((always_inline)) void score_bytes(const BytePlan& plan, int64_t at, const int32_t* tile, const ByteRow* steps,
+                                                       float* to) {
+  I a[kRows], b[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) a[r] = b[r] = iset(-128 * steps[r].sum);
-  for (int64_t q = 0; q < quads; ++q) {
+  const int32_t* codes = plan.panels + at * plan.quads;
+  for (int64_t q = 0; q < plan.quads; ++q) {
     const I c0 = iload(codes), c1 = iload(codes + W);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -18,48 +20,64 @@ inline __attribute__((always_inline)) void dot_unit(const int32_t* codes, const 
     codes += kPanel;
     tile += kRows;
   }
+  const V start0 = load(plan.start + at), start1 = load(plan.start + at + W);
+  const V unit0 = load(plan.unit + at), unit1 = load(plan.unit + at + W);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const V unit = set(steps[r].unit);
+    store(to + r * kByteScores, fnma(mul(to_float(a[r]), unit0), unit, start0));
+    store(to + r * kByteScores + W, fnma(mul(to_float(b[r]), unit1), unit, start1));
+  }
 }
 
-// Lower bounds of n codes in the place of their dots with a row; the smallest lower and upper one.
-inline void bound_codes(const BytePlan& plan, int64_t at, const ByteRow& row, float* scores, int64_t n, float* lowest, float* upper) {
-  const V unit = set(row.unit), error = set(row.error), length = set(row.length);
-  const float *start = plan.start + at, *code_unit = plan.unit + at, *code_length = plan.length + at, *code_error = plan.error + at;
-  V least[2] = {set(__builtin_inff()), set(__builtin_inff())}, low[2] = {least[0], least[0]};
-  for (int64_t i = 0; i < n; i += kUnit) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const int64_t j = i + h * W;
-      const V dot = to_float(iload(reinterpret_cast<const int32_t*>(scores + j)));
-      const V score = fnma(mul(dot, load(code_unit + j)), unit, load(start + j));
-      const V off = fma(length, load(code_error + j), mul(error, load(code_length + j)));
-      least[h] = min(least[h], add(score, off));
-      const V bound = sub(score, off);
-      low[h] = min(low[h], bound);
-      store(scores + j, bound);
+// By how much a row's scores are off at most, where codes have these errors and lengths. None of its roundings changes an order: larger ones
+// give no less.
+inline V off_by(const ByteRow& row, V error, V length) { return fma(set(row.length), error, mul(set(row.error), length)); }
+
+// The largest of n values, none of which is negative.
+inline V largest_of(const float* values, int64_t n) {
+  V most = set(0);
+  for (int64_t i = 0; i < n; i += W) most = max(most, load(values + i));
+  return sub(set(0), set(smallest(sub(set(0), most))));
+}
+
+// n scores of a row: its limit sinks to the smallest upper bound, and codes with a lower bound under it are kept. most: what any of the scores
+// is off by at most, which tells of nearly all that they need no bounds of their own. Returns how many had no place, and were settled or
+// dropped at once.
+inline int64_t pick(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, float most, Row* row, float* limit,
+                    float* scores, int64_t n) {
+  V lowest[2] = {load(scores), load(scores + W)};
+  for (int64_t i = kUnit; i < n; i += kUnit) {
+    lowest[0] = min(lowest[0], load(scores + i));
+    lowest[1] = min(lowest[1], load(scores + i + W));
+  }
+  const float least = smallest(min(lowest[0], lowest[1])), slack = 2.0f * row->slack;
+  if (!(least - most < *limit)) return 0;
+  if (least + most + slack < *limit) *limit = least + most + slack;
+  constexpr int kUnits = kByteScores / kUnit;
+  alignas(64) uint32_t hits[kUnits] = {};
+  const V off = set(most), reach = set(*limit);
+  for (int64_t i = 0; i < n; i += kUnit)
+    hits[i / kUnit] = less(sub(load(scores + i), off), reach) | less(sub(load(scores + i + W), off), reach) << W;
+  const uint64_t some = not_zero<kUnits>(hits);
+  V upper = set(__builtin_inff());
+  for (uint64_t left = some; left; left &= left - 1) {
+    for (int64_t j = __builtin_ctzll(left) * kUnit, end = j + kUnit; j < end; j += W) {
+      const V score = load(scores + j), own = off_by(steps, load(plan.error + at + j), load(plan.length + at + j));
+      upper = min(upper, add(score, own));
+      store(scores + j, sub(score, own));
     }
   }
-  *lowest = smallest(min(low[0], low[1]));
-  *upper = smallest(min(least[0], least[1]));
-}
-
-// A row's limit sinks to the smallest upper bound; codes with a lower bound under it are kept. Returns how many had no place, and were settled
-// or dropped at once.
-inline int64_t pick(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, Row* row, float* limit, float* scores,
-                 int64_t n) {
-  float lowest, upper;
-  bound_codes(plan, at, steps, scores, n, &lowest, &upper);
-  upper += 2.0f * row->slack;
-  if (upper < *limit) *limit = upper;
-  if (!(lowest < *limit)) return 0;
-  int64_t displaced = 0;
+  const float sunk = smallest(upper) + slack;
+  if (sunk < *limit) *limit = sunk;
   const V bound = set(*limit);
-  for (int64_t i = 0; i < n; i += kUnit) {
-    uint32_t hits = less(load(scores + i), bound) | less(load(scores + i + W), bound) << W;
-    while (hits) {
-      const int lane = __builtin_ctz(hits);
-      hits &= hits - 1;
+  int64_t displaced = 0;
+  for (uint64_t left = some; left; left &= left - 1) {
+    const int64_t i = __builtin_ctzll(left) * kUnit;
+    for (uint32_t kept = less(load(scores + i), bound) | less(load(scores + i + W), bound) << W; kept; kept &= kept - 1) {
+      const int64_t j = i + __builtin_ctz(kept);
       const int before = row->count;
-      append(e, row, plan.id[at + i + lane], scores[i + lane], *limit);
+      append(e, row, plan.id[at + j], scores[j], *limit);
       if (row->count <= before) displaced += before;
     }
   }
@@ -72,20 +90,14 @@ int64_t bytes(const BytePlan& plan, const ExactCodes& e, const int32_t* tiles, c
   int64_t settled = 0;
   for (int64_t first = 0; first < plan.panels_count; first += kTogether) {
     const int64_t n = plan.panels_count - first < kTogether ? plan.panels_count - first : kTogether;
+    const V error = largest_of(plan.error + first * kPanel, n * kPanel), length = largest_of(plan.length + first * kPanel, n * kPanel);
     for (int64_t t = 0; t < tile_count; ++t) {
-      for (int64_t p = 0; p < n; ++p) {
-        I a[kRows], b[kRows];
-        dot_unit(plan.panels + (first + p) * plan.quads * kPanel, tiles + t * plan.quads * kRows, steps + t * kRows, plan.quads, a, b);
-        int32_t* to = reinterpret_cast<int32_t*>(scratch) + p * kPanel;
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          istore(to + r * kByteScores, a[r]);
-          istore(to + r * kByteScores + W, b[r]);
-        }
-      }
+      for (int64_t p = 0; p < n; ++p)
+        score_bytes(plan, (first + p) * kPanel, tiles + t * plan.quads * kRows, steps + t * kRows, scratch + p * kPanel);
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = t * kRows + r;
-        settled += pick(plan, first * kPanel, e, steps[at], &rows[at], &limits[at], scratch + r * kByteScores, n * kPanel);
+        const float most = smallest(off_by(steps[at], error, length));
+        settled += pick(plan, first * kPanel, e, steps[at], most, &rows[at], &limits[at], scratch + r * kByteScores, n * kPanel);
       }
     }
   }
