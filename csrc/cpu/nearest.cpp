@@ -223,14 +223,12 @@ struct NearestSearch::Tiles {
   Tiles(int64_t count, int64_t dim, bool bytes, bool needs_work)
       : floats(new float[bytes ? 1 : count * dim + kMostTileRows]),
         words(new int32_t[bytes ? count * ((dim + 3) / 4) : 1]()),
-        scratch(new float[bytes ? kernels().rows_per_tile * kByteScores : 1]),
         rows(new Row[count]),
         steps(count),
         limits(count),
         work(needs_work ? kernels().rows_per_tile * dim : 0) {}
   std::unique_ptr<float[]> floats;
   std::unique_ptr<int32_t[]> words;
-  std::unique_ptr<float[]> scratch;
   std::unique_ptr<Row[]> rows;
   std::vector<ByteRow> steps;
   std::vector<float> limits, work;
@@ -308,7 +306,7 @@ void NearestSearch::run_dense(const Rows& rows, double* score, int64_t* index) {
       }
       if (bytes_) {
         settled[block] = k.bytes(bytes_->plan, codes_.exact(), tiles.words.get(), tiles.steps.data(), used, tiles.limits.data(),
-                                 tiles.rows.get(), tiles.scratch.get());
+                                 tiles.rows.get());
       } else if (dense_) {
         k.dense(dense_->plan, codes_.exact(), tiles.floats.get(), used, tiles.limits.data(), tiles.rows.get());
       } else {

@@ -12,7 +12,6 @@ constexpr int kMaxCoordinates = 12;   // coordinates of a point: principal ones,
 constexpr int kProjected = 64;    // dimensions that a coordinate is summed over in one go, a multiple of every vector
 constexpr int kGrid = 16380;     // points lie this many steps from the origin at most: the difference of two coordinates is an int16
 constexpr int kLeastByteDim = 11;  // with fewer dimensions, bounding a code costs the byte search more than its products save
-constexpr int kByteScores = 512;  // scores of a row that the byte search keeps before it looks for candidates
 constexpr int kMostTileRows = 16;  // rows of a tile of any level, and lanes of a vector
 constexpr int kMaxPanelDim = 2048;  // dimensions that the pruned road takes
 constexpr int kCandidates = 64;  // candidates that a row collects before they are settled by the exact formula
@@ -125,9 +124,9 @@ struct Kernels {
   // candidate, and lowers it.
   void (*dense)(const DensePlan&, const ExactCodes&, const float* tiles, int64_t tile_count, float* limits, Row* rows);
   // The same with rows and codes in bytes; null at levels that do not multiply them. tiles is [tile][quads][rows_per_tile], steps one of
-  // each of its rows; scratch [rows_per_tile, kByteScores]. Returns candidates settled.
+  // each of its rows. Returns candidates settled.
   int64_t (*bytes)(const BytePlan&, const ExactCodes&, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
-                   Row* rows, float* scratch);
+                   Row* rows);
   // rows_per_tile rows less the centre as a tile [dim, rows_per_tile], behind which `lanes` values may be overwritten; |row - centre|^2 of
   // each.
   void (*to_tile)(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square);

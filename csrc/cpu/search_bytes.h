@@ -1,10 +1,10 @@
 // The dense road in bytes. Included by search_impl.h; a level has it where one instruction adds four products of bytes.
 #if defined(__AVX512VNNI__)
 
-// Scores of kUnit codes for kRows rows, row r's at to + r * kByteScores: the dots are held in registers from the first coordinate to the last.
-// Codes carry 128 too much; -128 times the sum of a row takes it away.
+// Scores s, t of a panel's codes for kRows rows; the dots stay in registers from the first coordinate to the last. Codes carry 128 too much;
+// -128 times the sum of a row takes it away.
 inline __attribute__((always_inline)) void score_bytes(const BytePlan& plan, int64_t at, const int32_t* tile, const ByteRow* steps,
-                                                       float* to) {
+                                                       V (&s)[kRows], V (&t)[kRows]) {
   I a[kRows], b[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) a[r] = b[r] = iset(-128 * steps[r].sum);
@@ -25,13 +25,12 @@ inline __attribute__((always_inline)) void score_bytes(const BytePlan& plan, int
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const V unit = set(steps[r].unit);
-    store(to + r * kByteScores, fnma(mul(to_float(a[r]), unit0), unit, start0));
-    store(to + r * kByteScores + W, fnma(mul(to_float(b[r]), unit1), unit, start1));
+    s[r] = fnma(mul(to_float(a[r]), unit0), unit, start0);
+    t[r] = fnma(mul(to_float(b[r]), unit1), unit, start1);
   }
 }
 
-// By how much a row's scores are off at most, where codes have these errors and lengths. None of its roundings changes an order: larger ones
-// give no less.
+// By how much a row's scores are off at most, where codes have these errors and lengths. Rounding keeps order: larger ones give no less.
 inline V off_by(const ByteRow& row, V error, V length) { return fma(set(row.length), error, mul(set(row.error), length)); }
 
 // The largest of n values, none of which is negative.
@@ -41,63 +40,65 @@ inline V largest_of(const float* values, int64_t n) {
   return sub(set(0), set(smallest(sub(set(0), most))));
 }
 
-// n scores of a row: its limit sinks to the smallest upper bound, and codes with a lower bound under it are kept. most: what any of the scores
-// is off by at most, which tells of nearly all that they need no bounds of their own. Returns how many had no place, and were settled or
-// dropped at once.
-inline int64_t pick(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, float most, Row* row, float* limit,
-                    float* scores, int64_t n) {
-  V lowest[2] = {load(scores), load(scores + W)};
-  for (int64_t i = kUnit; i < n; i += kUnit) {
-    lowest[0] = min(lowest[0], load(scores + i));
-    lowest[1] = min(lowest[1], load(scores + i + W));
-  }
-  const float least = smallest(min(lowest[0], lowest[1])), slack = 2.0f * row->slack;
-  if (!(least - most < *limit)) return 0;
-  if (least + most + slack < *limit) *limit = least + most + slack;
-  constexpr int kUnits = kByteScores / kUnit;
-  alignas(64) uint32_t hits[kUnits] = {};
-  const V off = set(most), reach = set(*limit);
-  for (int64_t i = 0; i < n; i += kUnit)
-    hits[i / kUnit] = less(sub(load(scores + i), off), reach) | less(sub(load(scores + i + W), off), reach) << W;
-  const uint64_t some = not_zero<kUnits>(hits);
-  V upper = set(__builtin_inff());
-  for (uint64_t left = some; left; left &= left - 1) {
-    for (int64_t j = __builtin_ctzll(left) * kUnit, end = j + kUnit; j < end; j += W) {
-      const V score = load(scores + j), own = off_by(steps, load(plan.error + at + j), load(plan.length + at + j));
-      upper = min(upper, add(score, own));
-      store(scores + j, sub(score, own));
-    }
-  }
-  const float sunk = smallest(upper) + slack;
-  if (sunk < *limit) *limit = sunk;
-  const V bound = set(*limit);
+// A score that is not under it is not under the limit by its lower bound either, where scores are off by `most` at most: no code that it
+// spares needs bounds of its own. The sum is raised by more than its two roundings. NaN, which no score is under, where the limit is -inf.
+inline float reach_of(float limit, float most) {
+  const float sum = limit + most;
+  return sum + (sum < 0 ? -sum : sum) * 0x1p-22f;
+}
+
+// A row met scores s, t that may be a candidate's: its limit sinks to the smallest upper bound, and codes with a lower bound under it are kept.
+// Returns how many had no place, and were settled or dropped at once.
+__attribute__((noinline)) int64_t keep_under(const BytePlan& plan, int64_t at, const ExactCodes& e, const ByteRow& steps, Row* row,
+                                             float* limit, V s, V t) {
+  const V off0 = off_by(steps, load(plan.error + at), load(plan.length + at));
+  const V off1 = off_by(steps, load(plan.error + at + W), load(plan.length + at + W));
+  const float upper = smallest(min(add(s, off0), add(t, off1))) + 2.0f * row->slack;
+  if (upper < *limit) *limit = upper;
+  const V low0 = sub(s, off0), low1 = sub(t, off1), bound = set(*limit);
+  uint32_t hits = less(low0, bound) | less(low1, bound) << W;
+  if (!hits) return 0;
+  alignas(64) float scores[kPanel];
+  store(scores, low0);
+  store(scores + W, low1);
   int64_t displaced = 0;
-  for (uint64_t left = some; left; left &= left - 1) {
-    const int64_t i = __builtin_ctzll(left) * kUnit;
-    for (uint32_t kept = less(load(scores + i), bound) | less(load(scores + i + W), bound) << W; kept; kept &= kept - 1) {
-      const int64_t j = i + __builtin_ctz(kept);
-      const int before = row->count;
-      append(e, row, plan.id[at + j], scores[j], *limit);
-      if (row->count <= before) displaced += before;
-    }
+  for (; hits; hits &= hits - 1) {
+    const int lane = __builtin_ctz(hits), before = row->count;
+    append(e, row, plan.id[at + lane], scores[lane], *limit);
+    if (row->count <= before) displaced += before;
   }
   return displaced;
 }
 
 int64_t bytes(const BytePlan& plan, const ExactCodes& e, const int32_t* tiles, const ByteRow* steps, int64_t tile_count, float* limits,
-              Row* rows, float* scratch) {
-  constexpr int kTogether = kByteScores / kPanel;
+              Row* rows) {
+  constexpr int64_t kTogether = 16;  // panels that a tile meets while its rows are at hand
   int64_t settled = 0;
+  const V error = largest_of(plan.error, plan.panels_count * kPanel), length = largest_of(plan.length, plan.panels_count * kPanel);
   for (int64_t first = 0; first < plan.panels_count; first += kTogether) {
-    const int64_t n = plan.panels_count - first < kTogether ? plan.panels_count - first : kTogether;
-    const V error = largest_of(plan.error + first * kPanel, n * kPanel), length = largest_of(plan.length + first * kPanel, n * kPanel);
-    for (int64_t t = 0; t < tile_count; ++t) {
-      for (int64_t p = 0; p < n; ++p)
-        score_bytes(plan, (first + p) * kPanel, tiles + t * plan.quads * kRows, steps + t * kRows, scratch + p * kPanel);
+    const int64_t last = plan.panels_count - first < kTogether ? plan.panels_count : first + kTogether;
+    for (int64_t tile = 0; tile < tile_count; ++tile) {
+      const ByteRow* row = steps + tile * kRows;
+      float *limit = limits + tile * kRows, most[kRows], reach[kRows];
       for (int r = 0; r < kRows; ++r) {
-        const int64_t at = t * kRows + r;
-        const float most = smallest(off_by(steps[at], error, length));
-        settled += pick(plan, first * kPanel, e, steps[at], most, &rows[at], &limits[at], scratch + r * kByteScores, n * kPanel);
+        most[r] = smallest(off_by(row[r], error, length));
+        reach[r] = reach_of(limit[r], most[r]);
+      }
+      for (int64_t p = first; p < last; ++p) {
+        V s[kRows], t[kRows];
+        score_bytes(plan, p * kPanel, tiles + tile * plan.quads * kRows, row, s, t);
+        uint32_t under = 0;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) under |= (uint32_t)(less(min(s[r], t[r]), set(reach[r])) != 0) << r;
+        if (__builtin_expect(under == 0, 1)) continue;
+        alignas(64) float scores[kRows][kPanel];
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) store(scores[r], s[r]), store(scores[r] + W, t[r]);
+        for (; under; under &= under - 1) {
+          const int r = __builtin_ctz(under);
+          settled += keep_under(plan, p * kPanel, e, row[r], &rows[tile * kRows + r], &limit[r], load(scores[r]), load(scores[r] + W));
+          reach[r] = reach_of(limit[r], most[r]);
+        }
       }
     }
   }
