@@ -47,6 +47,13 @@ def test_round_trip(tmp_path):
             assert a.dtype == np.int64 and a.shape == b.shape and (a == b).all()
 
 
+def test_every_loop_starts_at_the_first_record(tmp_path):
+    make(tmp_path / "t.vqt")
+    with TokenReader(tmp_path / "t.vqt") as reader:
+        assert next(iter(reader)).width == 10
+        assert [record.width for record in reader] == [record.width for record in reader] == [10, 11, 12]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 2**40), st.integers(1, 40), st.randoms(use_true_random=False))
 def test_packing_is_exact_and_as_small_as_it_says(codebook_size, count, random):

@@ -47,6 +47,12 @@ def quiet(text):
     pass
 
 
+def test_a_preset_of_another_kind_is_named(capsys, tmp_path):
+    code, _, err = vqfast(capsys, "train", "--preset", "photos", "--set", "model.kind=vae", "--out", tmp_path / "run")
+    assert code == 2 and "preset photos has settings for model.kind=vqvae, model.kind=vae is asked for" in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with pictures, a finished run over them and a finished prior over its codes."""

@@ -298,10 +298,12 @@ def explain(family: str, *tensors: torch.Tensor) -> str:
         >>> print(vqfast.explain("nearest", x, codebook))
 
     Raises:
-        ValueError: the family is not known.
+        ValueError: the family is not known, or no tensor is given.
     """
     if family not in _border.families():
         raise ValueError(f"{family!r} is not an op family; use one of {', '.join(_border.families())}.")
+    if not tensors:
+        raise ValueError(f"explain({family!r}) needs the op's tensors: what runs depends on their device and dtypes.")
     try:
         lines = [f"{family}: runs on {choose(family, None, *tensors)}"]
     except BackendError as error:

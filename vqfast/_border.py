@@ -22,6 +22,12 @@ _families: dict[str, list[str]] = {}
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # autograd's is_grads_batched, which is no transform of torch.func
 
 
+def exportable(result: type) -> type:
+    """A public named tuple, which programs of torch.export may then return and still be saved."""
+    torch.utils._pytree._register_namedtuple(result, serialized_type_name=f"{result.__module__}.{result.__qualname__}")
+    return result
+
+
 def is_traced() -> bool:
     """Whether what runs now may become part of a graph or of a transform (compile, export, vmap, grad, dual numbers): then no value may be looked at,
     and nothing that is kept would be real.

@@ -179,7 +179,8 @@ class TokenWriter:
 class TokenReader:
     """Reads a token file, one checked record at a time.
 
-    Iterating yields :class:`TokenRecord`. ``header``, ``model`` and ``codebook_sizes`` are there at once.
+    Iterating yields :class:`TokenRecord`, each time from the first one on; one loop at a time. ``header``, ``model`` and
+    ``codebook_sizes`` are there at once.
 
     Raises:
         TokenFileError: at construction when the start is damaged or no token file; while iterating at the first
@@ -196,6 +197,7 @@ class TokenReader:
             if (checked := _checked_header(self.header)) is None:
                 self._fail("the header lacks the model's hash or the codebook sizes")
             self.model, self.codebook_sizes = checked
+            self._begin, self._after_begin = self._file.tell(), self._left
         except BaseException:
             self._file.close()
             raise
@@ -216,6 +218,8 @@ class TokenReader:
 
     def __iter__(self) -> Iterator[TokenRecord]:
         chain = count = 0
+        self._file.seek(self._begin)
+        self._left = self._after_begin
         while True:
             tag = self._take(1)
             if tag[0] == _END:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "element.h"
 #include "ema.h"
 
 namespace vqfast {
@@ -90,37 +91,50 @@ void quantize(const View& x, const View& codebook, const bool* mask, Metric metr
 
 namespace {
 
-// One group of a residual quantizer after the search: its rows as given, the codes of all levels, and how many of them each row took.
-struct Levels {
-  const Rows* rows;
-  std::vector<Rows> codes;
-  std::vector<int32_t> taken;  // fewer than there are: masked, or not finite from there on
-  const bool* mask;
-};
+template <Type type>
+const float* widened(const View& v, int64_t at, float* to) {
+  const auto* from = static_cast<const typename Element<type>::T*>(v.data) + at;
+  if (type == Type::kFloat32 && v.stride[3] == 1) return reinterpret_cast<const float*>(from);
+  for (int64_t d = 0; d < v.size[3]; ++d) to[d] = Element<type>::widen(from[d * v.stride[3]]);
+  return to;
+}
 
-// The sum of each row's codes, and of what each level left over of it (pull), level by level in registers and first-level cache.
-void add_up(const Levels& of, const StepOutputs& out, int64_t g, int64_t groups, int64_t per_batch, float* pull, const Parallel& parallel) {
-  const int64_t dim = of.rows->dim, count = of.rows->count, levels = (int64_t)of.codes.size();
+// Code k of level q and group g of codebooks [Q, G, K, D]: where it lies, or in `to`.
+const float* code_of(const View& codebooks, int64_t q, int64_t g, int64_t k, float* to) {
+  const int64_t at = q * codebooks.stride[0] + g * codebooks.stride[1] + k * codebooks.stride[2];
+  switch (codebooks.type) {
+    case Type::kFloat32: return widened<Type::kFloat32>(codebooks, at, to);
+    case Type::kFloat16: return widened<Type::kFloat16>(codebooks, at, to);
+    case Type::kBFloat16: return widened<Type::kBFloat16>(codebooks, at, to);
+  }
+  return to;
+}
+
+// The sum of each row's codes, and what all levels together left over of it (pull, or null), of group g after the search. taken: how many codes
+// a row has; fewer than there are levels where it is masked or stopped being finite.
+void add_up(const Rows& rows, const View& codebooks, const bool* mask, const std::vector<int32_t>& taken, const StepOutputs& out, int64_t g,
+            int64_t per_batch, float* pull, const Parallel& parallel) {
+  const int64_t dim = rows.dim, count = rows.count, levels = codebooks.size[0], groups = codebooks.size[1];
   parallel(count, 512, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kSlots = kRowsTogether + 1;  // the writer keeps kRowsTogether rows waiting while the next one is made
-    std::vector<float> sums(kSlots * dim), left(dim), spare(dim);
+    const int64_t slots = std::min(kRowsTogether + 1, end - begin);  // kRowsTogether wait in the writer while one more is made
+    std::vector<float> sums(slots * dim), left(dim), wide(dim);
     RowWriter writer(out.quantized, g);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = (i / per_batch * groups + g) * per_batch + i % per_batch;  // [B, G, N]
-      const bool masked = of.mask && !of.mask[i];
-      float *sum = &sums[i % kSlots * dim], *pulled = pull ? pull + at * dim : spare.data();
-      if (of.taken[i] < levels) std::fill(sum, sum + dim, masked ? 0.0f : NAN);
-      if (of.taken[i] == 0) std::fill(pulled, pulled + dim, 0.0f);
-      const float* before = of.rows->row(i);
-      for (int64_t q = 0; q < of.taken[i]; ++q, before = left.data()) {
-        const float* code = of.codes[q].row(out.indices[q * count * groups + at]);
-        const bool add = of.taken[i] == levels;
-        for (int64_t d = 0; d < dim; ++d) {
-          left[d] = before[d] - code[d];
+      const bool complete = taken[i] == levels;
+      float *sum = &sums[i % slots * dim], *pulled = pull ? pull + at * dim : nullptr;
+      if (pulled) std::fill(pulled, pulled + dim, 0.0f);
+      if (!complete) std::fill(sum, sum + dim, mask && !mask[i] ? 0.0f : NAN);
+      std::copy_n(rows.row(i), dim, left.data());
+      for (int64_t q = 0; q < taken[i]; ++q) {
+        const float* code = code_of(codebooks, q, g, out.indices[q * count * groups + at], wide.data());
+        for (int64_t d = 0; complete && d < dim; ++d) sum[d] = q == 0 ? code[d] : sum[d] + code[d];
+        for (int64_t d = 0; pulled && d < dim; ++d) {
+          left[d] -= code[d];
           pulled[d] = q == 0 ? left[d] : pulled[d] + left[d];
         }
-        for (int64_t d = 0; add && d < dim; ++d) sum[d] = q == 0 ? code[d] : sum[d] + code[d];
       }
+      for (int64_t d = 0; pulled && !complete && d < dim; ++d) pulled[d] += 0.0f;  // of the levels it did not take: -0 becomes +0
       writer.add(i, sum);
     }
   });
@@ -141,7 +155,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
   *out.nonfinite = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Rows given = rows_of_group(x, g, parallel);
-    Levels met = {&given, {}, std::vector<int32_t>(count, 0), mask};
+    std::vector<int32_t> taken(count, 0);
     for (int64_t q = 0; q < levels; ++q) {
       View level = codebooks;
       level.data = static_cast<const char*>(codebooks.data) + q * codebooks.stride[0] * type_bytes;
@@ -151,8 +165,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       rows.ld = q == 0 ? given.ld : dim;
       rows.count = count;
       rows.dim = dim;
-      met.codes.push_back(rows_of_group(level, g, parallel));
-      const Rows& codebook = met.codes.back();
+      const Rows codebook = rows_of_group(level, g, parallel);
       const ExactCodes codes = {codebook.data, codebook.ld, codebook.dim, nullptr, metric};
       search_rows(codes, codebook.count, rows, Hints{}, parallel, Road::kAuto, score.data(), index.data(), nullptr);
       int64_t nonfinite = 0;
@@ -160,7 +173,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
       error += finish_rows(codes, rows, mask, score.data(), index.data(), kept.data(), &nonfinite, parallel, [&] {
         return [&](int64_t i, bool masked, const float* code) {
           indices[(i / per_batch * groups + g) * per_batch + i % per_batch] = masked ? -1 : index[i];
-          met.taken[i] += code != nullptr;
+          taken[i] += code != nullptr;
         };
       });
       code_stats(rows, kept.data(), k, out.sums ? out.sums + (q * groups + g) * k * dim : nullptr,
@@ -180,7 +193,7 @@ void residual(const View& x, const View& codebooks, const bool* mask, Metric met
         }
       });
     }
-    add_up(met, out, g, groups, per_batch, pull, parallel);
+    add_up(given, codebooks, mask, taken, out, g, per_batch, pull, parallel);
   }
   out.sq_error[0] = out.sq_error[1] = error;
 }

@@ -261,7 +261,7 @@ inline void choose_first(Batch<kTwos, kNear>& b, int tile, int64_t home) {
   constexpr int32_t kLast = kFirstPanels * kPanel / W - 1;
   const PanelPlan& plan = *b.plan;
   const int64_t begin = home / kFirstPanels * kFirstPanels, end = begin + kFirstPanels < plan.panels_count ? begin + kFirstPanels : plan.panels_count;
-  int32_t principal[kTwos][kBatchRows];  // the tile's coordinates without the norm of the rest, the last one
+  int32_t principal[kTwos][kBatchRows];  // the tile's coordinates without the norm of the rest: the high half of the last pair
   for (int j = 0; j < kTwos; ++j)
     for (int r = 0; r < kNear; ++r) principal[j][r] = b.q[j][tile * kNear + r] & (j == kTwos - 1 ? 0xFFFF : -1);
   I best[kNear];

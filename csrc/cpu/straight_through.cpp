@@ -36,42 +36,43 @@ struct Part {
   int64_t stride[2] = {};
 };
 
-// Blocks of a tensor in the layout of `out`, whose coordinates (axis 3) or rows (axis 2) lie one after the other: as they are, or brought to it.
+// Blocks of a tensor, which are copied where neighbours along `axis` do not lie one after the other: coordinates (3), rows (2) or
+// whatever it is (-1).
 template <class T>
 class Parts {
  public:
-  Parts(const View* v, int axis) : v_(v), axis_(axis), brought_(v && v->stride[axis] != 1 ? kRowsTogether * v->size[3] : 0) {}
+  Parts(const View* v, int axis) : v_(v), axis_(axis) {
+    if (!v || axis < 0 || v->stride[axis] == 1) return;
+    most_ = std::min(kRowsTogether, v->size[2]);
+    copy_.resize(most_ * v->size[3]);
+  }
 
   Part<T> of(int64_t b, int64_t g, int64_t first, int64_t rows) {
     if (!v_) return {};
     const T* from = static_cast<const T*>(v_->data) + place(*v_, b, g, first);
-    const int64_t next[2] = {v_->stride[2], v_->stride[3]};
-    if (brought_.empty()) return {from, {next[0], next[1]}};
-    const int64_t dim = v_->size[3], row = axis_ == 3 ? dim : 1, column = axis_ == 3 ? 1 : kRowsTogether;
-    T* to = brought_.data();
-    if (axis_ == 3 && next[0] == 1) {
-      int64_t d = 0;
-      for (; d + 4 <= dim; d += 4) {  // values that are written as one
-        const T* at = from + d * next[1];
-        for (int64_t j = 0; j < 4; ++j) fetch_next<0>(at + j * next[1]);
-        for (int64_t r = 0; r < rows; ++r) {
-          const T values[4] = {at[r], at[r + next[1]], at[r + 2 * next[1]], at[r + 3 * next[1]]};
-          memcpy(to + r * dim + d, values, sizeof(values));
-        }
+    const int64_t by_row = v_->stride[2], by_coordinate = v_->stride[3], dim = v_->size[3];
+    if (copy_.empty()) return {from, {by_row, by_coordinate}};
+    T* to = copy_.data();
+    const Part<T> part = {to, {axis_ == 3 ? dim : 1, axis_ == 3 ? 1 : most_}};
+    int64_t d = 0;
+    for (; axis_ == 3 && by_row == 1 && d + 4 <= dim; d += 4) {  // four columns become parts of rows, written in one piece
+      const T* at = from + d * by_coordinate;
+      for (int64_t j = 0; j < 4; ++j) fetch_next<0>(at + j * by_coordinate);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T values[4] = {at[r], at[r + by_coordinate], at[r + 2 * by_coordinate], at[r + 3 * by_coordinate]};
+        memcpy(to + r * dim + d, values, sizeof(values));
       }
-      for (; d < dim; ++d)
-        for (int64_t r = 0; r < rows; ++r) to[r * dim + d] = from[r + d * next[1]];
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < dim; ++d) to[r * row + d * column] = from[r * next[0] + d * next[1]];
     }
-    return {to, {row, column}};
+    for (int64_t r = 0; r < rows && d < dim; ++r)
+      for (int64_t i = d; i < dim; ++i) to[r * part.stride[0] + i * part.stride[1]] = from[r * by_row + i * by_coordinate];
+    return part;
   }
 
  private:
   const View* v_;
   int axis_;
-  std::vector<T> brought_;
+  int64_t most_ = 0;  // rows of a copied block
+  std::vector<T> copy_;
 };
 
 // One block of rows of a group: x, grad, out and, where codes are rows, `written` begin with the first of them.
@@ -182,7 +183,7 @@ void pull_group(const View& x, const View* grad, const View* written, const Rows
                 const Target& out, int64_t g, const Parallel& parallel) {
   using T = typename Element<type>::T;
   const int64_t groups = x.size[1], n = x.size[2], dim = x.size[3], blocks = (n + kRowsTogether - 1) / kRowsTogether;
-  const int axis = out.stride[3] == 1 ? 3 : 2;
+  const int axis = out.stride[3] == 1 ? 3 : out.stride[2] == 1 ? 2 : -1;
   const std::vector<float> zeros(dim, 0.0f);
   parallel(x.size[0] * blocks, 8, [&](int64_t begin, int64_t end) {
     Parts<T> of_x(&x, axis), of_grad(grad, axis), of_written(written, axis);
@@ -191,8 +192,7 @@ void pull_group(const View& x, const View* grad, const View* written, const Rows
       const Block<type> block = {of_x.of(b, g, first, rows), of_grad.of(b, g, first, rows), of_written.of(b, g, first, rows),
                                  static_cast<T*>(out.data) + place(out, b, g, first), out.stride + 2,
                                  indices + (b * groups + g) * n + first, codebook, rows, n - first - rows, dim, factor};
-      const bool fine = out.stride[axis] == 1 && (axis == 3 ? block.by_rows() : block.by_columns(zeros.data()));
-      if (!fine) block.with_care();
+      if (!(axis == 3 ? block.by_rows() : axis == 2 && block.by_columns(zeros.data()))) block.with_care();
     }
   });
 }

@@ -178,7 +178,7 @@ def test_pickled_code_does_not_run(tmp_path):
         pickle.dump({"embed": Bomb()}, file)
     torch.save({"embed": Bomb()}, tmp_path / "zipped.pt")
     for name in ("model.pt", "zipped.pt"):
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint: Weights only"):
             load_quantizer(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -214,6 +214,17 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
     assert load_quantizer(state, prefix="layers.1").codebook.shape == (2 * K, D)
     with pytest.raises(ValueError, match="layer norm"):
         load_quantizer(lucidrains(codebook_dim=4, layernorm_after_project_in=True).state_dict())
+    with pytest.raises(ValueError, match="heads that share a codebook"):
+        load_quantizer(lucidrains(codebook_dim=3, heads=2).state_dict())
+    with pytest.raises(ValueError, match="is a folder"):
+        load_quantizer(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_quantizer(tmp_path / "list.pt")
+    for name in ("damaged.pt", "damaged.safetensors"):
+        (tmp_path / name).write_bytes(b"no checkpoint")
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            load_quantizer(tmp_path / name)
 
 
 def test_float64_stays():

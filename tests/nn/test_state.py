@@ -499,6 +499,38 @@ def test_state_dict_resumes_to_the_same_bits(backend, kind, rule, tmp_path):
         same_bits(tensor, state_of(through)[name], name)
 
 
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("options", [{}, {"auto_update": False}, {"metric": "cosine"}], ids=["auto", "pending", "cosine"])
+def test_codes_and_statistics_are_wide_whatever_the_default_dtype(backend, kind, options, half_by_default):
+    layer = layer_for(backend, kind, revive_below=0.5, **options).train()
+    for _ in range(2):
+        out = layer(put(backend, cases.normal(3 * CODES, DIM).bfloat16()))
+        out.loss.backward() if out.loss.requires_grad else None
+    if not layer.auto_update:
+        layer.update_()
+    assert out.quantized.dtype == torch.bfloat16
+    assert {t.dtype for t in state_of(layer).values() if t.is_floating_point()} == {torch.float32}
+    assert {b.dtype for b in layer.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+@EVERY_KIND
+def test_a_half_precision_state_dict_is_widened(backend, kind):
+    layer = layer_for(backend, kind)
+    half = {name: t.half() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    for assign in (False, True):
+        layer.load_state_dict(half, assign=assign)
+        assert layer.codebook.dtype == torch.float32 and isinstance(layer.codebook, torch.nn.Parameter) == (kind == "parameter")
+        same(layer.codebook.detach(), half["codebook"].float())
+        layer(put(backend, cases.normal(20, DIM)))
+
+
 @EVERY_KIND
 def test_state_dict_holds_no_hints_and_no_pending_rows(backend, kind):
     """Its names do not depend on what was called before, so strict loading works between any two moments."""

@@ -218,6 +218,18 @@ def test_exported_programs_survive_a_file(kind, mode):
     agree(torch.export.load(buffer).module(), model, mode)
 
 
+@EVERY_KIND
+def test_exported_layers_give_their_named_tuple(kind):
+    """The layer itself, whose result is no plain tuple; a file of the program must know what it is."""
+    layer, z, buffer = layer_for(kind).eval(), cases.normal(20, DIM), io.BytesIO()
+    torch.export.save(torch.export.export(layer, (z,)), buffer)
+    buffer.seek(0)
+    found, expected = torch.export.load(buffer).module()(z), layer(z)
+    assert type(found) is type(expected)
+    for name in ("quantized", "indices", "loss"):
+        same(getattr(found, name), getattr(expected, name), name)
+
+
 def test_encode_and_decode_can_be_exported():
     class Codec(torch.nn.Module):
         def __init__(self):

@@ -1,6 +1,7 @@
 """The border: opcheck, one gradient in eager, compiled and exported graphs, true fakes, vmap (contract 14)."""
 
 import io
+import weakref
 
 import cases
 import oracle
@@ -289,7 +290,48 @@ def test_vmap_gather(backend):
     same(torch.vmap(look_up)(codes, picks), torch.stack([oracle.gather(c, i) for c, i in zip(codebook, indices)]))
 
 
+@pytest.mark.family("gather")
+@pytest.mark.parametrize("again", [False, True])
+def test_vmap_gather_out_of_range(backend, again):
+    """An error inside a batched op is one of torch's own making; the range is checked before."""
+    codes, picks, wrong = put(backend, cases.normal(2, 7, 4, seed=16), torch.tensor([0, 6]), torch.tensor([0, 7]))
+    if again:  # what torch says the first time only may stand in the way of an error
+        torch.vmap(lambda c: vqfast.gather(c, picks, backend=backend))(codes)
+    with pytest.raises(IndexError, match="from 0 to 7"):
+        torch.vmap(lambda c: vqfast.gather(c, wrong, backend=backend, validate=True))(codes)
+    same(torch.vmap(lambda i: vqfast.gather(codes[0], i, backend=backend))(picks[None])[0], codes[0, picks])
+
+
+@pytest.mark.family("gather")
+def test_a_refused_call_holds_nothing(backend):
+    codes = put(backend, cases.normal(7, 4, seed=17)).clone()
+    held = weakref.ref(codes)
+    with pytest.raises(IndexError):
+        vqfast.gather(codes, put(backend, torch.tensor([7])), backend=backend, validate=True)
+    del codes
+    assert held() is None
+
+
+@pytest.mark.family("quantize")
+@pytest.mark.parametrize("op", ["vector_quantize", "residual_quantize"])
+def test_functional_gradient_of_the_codes(backend, op):
+    """torch.func.grad records backward as well, which must not end at an op that it cannot record."""
+    x, codebook = put(backend, cases.normal(20, 8, seed=14), cases.normal(2, 5, 8, seed=15))
+    codes = codebook if op == "residual_quantize" else codebook[0]
+
+    def loss(codes):
+        return getattr(vqfast, op)(x, codes, backend=backend).loss
+
+    leaf = codes.clone().requires_grad_()
+    same(torch.func.grad(loss)(codes), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
 # ---- in words -----------------------------------------------------------------------------------------------------
+
+
+def test_explain_needs_tensors():
+    with pytest.raises(ValueError, match="needs the op's tensors"):
+        vqfast.explain("nearest")
 
 
 def test_explain_names_what_runs_and_why_the_others_do_not(backend):

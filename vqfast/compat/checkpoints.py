@@ -37,13 +37,17 @@ def load_quantizer(source: str | Path | Mapping[str, Tensor], *, prefix: str = "
         options: of the layer, beside sizes: metric, commitment_weight, channel_dim, decay, eps, revive_below, ...
 
     Returns:
-        ResidualVectorQuantizer for a stack, VectorQuantizerEMA for moving averages, VectorQuantizer for a codebook that learns by
-        gradient; projections before and after the search are kept. The codes are exactly the checkpoint's, float32 (float64).
+        ResidualVectorQuantizer for a stack, VectorQuantizerEMA where the checkpoint has moving sizes (vector_quantize_pytorch's always
+        has), VectorQuantizer for a codebook alone, which learns by gradient; projections before and after the search are kept. The codes are exactly the checkpoint's, float32 (float64).
         cluster_size is its moving size; cluster_sum is code times size, so that the codes do not jump when training goes on.
 
     Raises:
-        ValueError: nothing known stands under `prefix` (the message lists what does), or the layer cannot hold it.
+        ValueError: nothing known stands under `prefix` (the message lists what does), the layer cannot hold it, or the file cannot be
+            read.
         FileNotFoundError: there is no such file.
+
+    Heads of vector_quantize_pytorch that share one codebook are refused where a projection shows them; without projections no key tells
+    of them, and the layer that comes back has a head's width.
     """
     state = _read(source)
     prefix = prefix + "." if prefix and not prefix.endswith(".") else prefix
@@ -66,17 +70,31 @@ def _read(source) -> dict[str, Tensor]:
         path = Path(source)
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}.")
+        state = _read_file(path)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+            break
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _read_file(path: Path):
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the checkpoint file in it.")
+    try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    except ImportError:
+        raise
+    except Exception as error:  # each format has its own, and what a damaged file raises is not documented
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}; a state dict is needed.")
+    return state
 
 
 def _some(names) -> str:
@@ -189,6 +207,12 @@ def _residual(levels: list[_Level], projections: dict[str, nn.Linear], options: 
 def _dims(width: int, size: int, projections: dict[str, nn.Linear]) -> dict[str, int | None]:
     if not projections:
         return {"dim": width, "codebook_size": size}
+    inner = projections["project_in"].out_features
+    if inner != width:
+        raise ValueError(
+            f"project_in has {inner} outputs, codes have {width} dimensions: heads that share a codebook, which vqfast.nn's layers do not"
+            " have. Load the checkpoint into vqfast.compat.vector_quantize_pytorch.VectorQuantize."
+        )
     return {"dim": projections["project_in"].in_features, "codebook_size": size, "codebook_dim": width}
 
 

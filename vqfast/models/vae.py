@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _border
 from .blocks import Decoder, Encoder
 from .likelihood import Likelihood
 from .pretrained import PretrainedModel
 from .vqvae import BitsPerDim, PictureConfig, check_pictures, check_settings
 
 
+@_border.exportable
 class VAEOutput(NamedTuple):
     """As `ModelOutput`; `levels` is empty, `kl` the Kullback-Leibler term in nats per picture dimension."""
 

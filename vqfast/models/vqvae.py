@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _border
 from ..nn import VectorQuantizer, VectorQuantizerEMA
 from ..ops.quantize import Quantized
 from .blocks import Decoder, Encoder
@@ -17,6 +18,7 @@ from .likelihood import LIKELIHOODS, NATURAL_VARIANCE, Likelihood
 from .pretrained import PretrainedModel
 
 
+@_border.exportable
 class ModelOutput(NamedTuple):
     """What a model gives for a batch of pictures.
 

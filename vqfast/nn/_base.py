@@ -21,10 +21,28 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class WideState(nn.Module):
-    """A module whose codebook and statistics stay float32 or float64 under .half(), .bfloat16() and .to(dtype)."""
+    """A module whose codebook and statistics are float32 or float64, whatever the default dtype, and stay so under .half(), .bfloat16(),
+    .to(dtype) and load_state_dict(assign=True).
+    """
 
     # Names of the parameters and buffers that do; a layer need not have them all.
     _wide_state: tuple[str, ...] = ()
+
+    def register_buffer(self, name, tensor, persistent=True):
+        super().register_buffer(name, self._widened(name, tensor), persistent)
+
+    def register_parameter(self, name, param):
+        wide = self._widened(name, param)
+        super().register_parameter(name, param if wide is param else nn.Parameter(wide.detach(), param.requires_grad))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        given = {name: state_dict[prefix + name] for name in self._wide_state if prefix + name in state_dict}
+        wide = {prefix + name: self._widened(name, tensor) for name, tensor in given.items()}
+        super()._load_from_state_dict({**state_dict, **wide}, prefix, *args)
+
+    def _widened(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        narrow = name in self._wide_state and isinstance(tensor, Tensor) and tensor.dtype in _HALVES
+        return tensor.to(torch.float32) if narrow else tensor
 
     def _apply(self, fn, recurse=True):
         wide = {name: tensor for name in self._wide_state if (tensor := getattr(self, name, None)) is not None}
@@ -51,8 +69,10 @@ class QuantizerBase(WideState):
         super().__init__()
         sizes = {"dim": dim, "codebook_size": codebook_size, "groups": groups}
         for name, value in (sizes | ({} if codebook_dim is None else {"codebook_dim": codebook_dim})).items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
+            raise ValueError(f"channel_dim must be the integer of an axis, got {channel_dim!r}.")
         self.metric_code = _shapes.check_metric(metric)
         self.dim, self.codebook_size, self.groups, self.metric = dim, codebook_size, groups, metric
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
@@ -75,7 +95,7 @@ class QuantizerBase(WideState):
         # Uniform with variance 1 / D (Sonnet's variance scaling), so that a code has norm about 1.
         shape = self._stored_shape()
         limit = math.sqrt(3.0 / shape[-1])
-        codebook = torch.empty(shape).uniform_(-limit, limit)
+        codebook = torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)).uniform_(-limit, limit)
         return nn.functional.normalize(codebook, dim=-1) if self.metric == "cosine" else codebook
 
     def _codes(self) -> Tensor:
@@ -175,8 +195,9 @@ class QuantizerBase(WideState):
         if codes is None:
             self.frozen.fill_(True)
         else:
-            if codes.dtype != torch.bool or codes.shape != self.frozen.shape:
-                raise ValueError(f"codes must be bool of shape {list(self.frozen.shape)}, got {_shapes.describe(codes)}.")
+            if not isinstance(codes, Tensor) or codes.dtype != torch.bool or codes.shape != self.frozen.shape:
+                got = _shapes.describe(codes) if isinstance(codes, Tensor) else type(codes).__name__
+                raise ValueError(f"codes must be a bool tensor of shape {list(self.frozen.shape)}, got {got}.")
             self.frozen.copy_(codes)
         self._any_frozen = bool(self.frozen.any())
 

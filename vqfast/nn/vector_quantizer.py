@@ -233,7 +233,7 @@ class VectorQuantizer(_Quantizer):
     Source: van den Oord et al. 2017, eq. 3; the paper sums over D where the losses here are means.
     """
 
-    _wide_state = ("codebook", "cluster_size", "pending_pool", "_held")
+    _wide_state = ("codebook", "cluster_size", "pending_sums", "pending_pool", "_held")
 
     def __init__(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Callable, TypeVar
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -122,16 +124,19 @@ def check_range(indices: Tensor, codebook_size: int) -> None:
 
 
 def with_range_checked(run: Callable[[], T], indices: Tensor, codebook_size: int, backend: str, validate: bool | None = None) -> T:
-    """run(), or IndexError for values outside -1..K-1: always on the CPU, elsewhere when `validate` asks (it waits for the device)."""
+    """run(), which may be asked twice, or IndexError for values outside -1..K-1: always on the CPU, where `validate` changes nothing on the
+    backends that look at each index themselves; elsewhere when `validate` asks (it waits for the device). In a graph nothing is checked.
+    """
     if torch.compiler.is_compiling():
         return run()
-    if indices.device.type == "cpu" and backend in ("cpu", "reference"):  # they look at each index where they use it
-        try:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # there an op's own error would not come through
+    if indices.device.type == "cpu" and backend in ("cpu", "reference") and not transformed:
+        with contextlib.suppress(RuntimeError):
             return run()
-        except RuntimeError as error:
-            refused = error
         check_range(indices, codebook_size)
-        raise refused
+        return run()  # another reason: it is given again
     if validate if validate is not None else indices.device.type == "cpu":
-        check_range(indices, codebook_size)
+        # Indices that a transform batches cannot be read.
+        with contextlib.suppress(RuntimeError) if transformed else contextlib.nullcontext():
+            check_range(indices, codebook_size)
     return run()

@@ -11,8 +11,9 @@ from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes
 
 
+@_border.exportable
 class CodeStats(NamedTuple):
-    """Result of `code_stats`: per code the float32 sum of its rows and their int64 count."""
+    """Result of `code_stats`: per code the sum of its rows, float32 (float64 for float64 rows), and their int64 count."""
 
     sums: Tensor
     counts: Tensor
@@ -112,12 +113,14 @@ def ema_update_(
         backend: see `nearest`.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes do not fit, or decay is outside 0..1.
+        ValueError, TypeError: shapes or dtypes do not fit, decay is outside 0..1, or eps is negative.
 
     Numerics: a code never becomes non-finite from finite state.
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must lie in 0..1, got {decay}.")
+    if not eps >= 0.0:
+        raise ValueError(f"eps must not be negative, got {eps}.")
     for name, tensor, shape in (
         ("cluster_size", cluster_size, codebook.shape[:-1]),
         ("cluster_sum", cluster_sum, codebook.shape),

@@ -90,8 +90,8 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
         codebook: any floating dtype.
         indices: integers in 0..K-1, or -1 for a masked position.
         backend: see `nearest`.
-        validate: check the range. By default always on the CPU and never on a GPU, where the check would wait for the device;
-            there an index out of range reads nothing and gives zeros.
+        validate: check the range on a GPU too, where that waits for the device; without, an index out of range reads nothing there and
+            gives zeros. On the CPU it is always checked.
 
     Returns:
         Tensor of codebook's dtype.
@@ -114,11 +114,12 @@ def gather(codebook: Tensor, indices: Tensor, *, backend: str | None = None, val
         )
     flat = _shapes.collapse_leading(indices, 2) if codebook.dim() == 3 else indices.reshape(1, 1, indices.numel())
     chosen = _backends.choose("gather", backend, groups)
-    rows = _shapes.with_range_checked(lambda: _apply(groups, flat, chosen), indices, groups.shape[1], chosen, validate)
+    rows = _shapes.with_range_checked(lambda: look_up(groups, flat, chosen), indices, groups.shape[1], chosen, validate)
     return rows.reshape(*indices.shape, codebook.shape[-1])
 
 
-def _apply(codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
+def look_up(codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
+    """gather on canonical shapes (no checks)."""
     # A traced graph must hold the op itself, whose gradient is registered with it; eager calls take the cheaper Function, and
     # none where no gradient can be asked for.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

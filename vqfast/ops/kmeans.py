@@ -23,7 +23,7 @@ _CARRIED = 0.25
 
 
 class KMeans(NamedTuple):
-    """Result of `kmeans`: codebook [K, D] float32, indices [N] int64, inertia (mean squared distance, float64 scalar)."""
+    """Result of `kmeans`: codebook [K, D] float32 (float64 for float64 rows), indices [N] int64, inertia (mean squared distance, float64)."""
 
     codebook: Tensor
     indices: Tensor

@@ -12,8 +12,9 @@ from vqfast.ops import _shapes
 from vqfast.ops.hints import SearchHints
 
 
+@_border.exportable
 class Nearest(NamedTuple):
-    """Result of `nearest`: float32 distance and int64 index of each row."""
+    """Result of `nearest`: distance, float32 (float64 for float64 input), and int64 index of each row."""
 
     distance: Tensor
     indices: Tensor

@@ -14,6 +14,7 @@ from vqfast.ops.hints import SearchHints
 from vqfast.ops.straight_through import difference, straight_through
 
 
+@_border.exportable
 class Quantized(NamedTuple):
     """The one result of quantizer ops and layers.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqfast import _backends, _border, reference
 from vqfast.ops import _shapes, quantize
+from vqfast.ops.gather import look_up
 from vqfast.ops.quantize import Quantized
 from vqfast.ops.straight_through import difference
 
@@ -62,10 +63,10 @@ def _backward(ctx, grad_quantized, grad_error, *_):
 
 def _sums_of_errors(x: Tensor, codebooks: Tensor, indices: Tensor) -> Tensor:
     """Per level and code the sum of (rest - code) over its rows, [Q, G, K, D]."""
-    gather = _border.call("gather", _backends.choose("gather", None, codebooks))
+    backend = _backends.choose("gather", None, codebooks)
     rest, sums = x.to(torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)), []
     for codebook, level in zip(codebooks, indices, strict=True):
-        codes = gather(codebook, level).to(rest.dtype)
+        codes = look_up(codebook, level, backend).to(rest.dtype)
         sums.append(quantize.scatter(difference(rest, codes, level), level, codebooks.shape[2]))
         rest = rest - codes.detach()
     return torch.stack(sums)

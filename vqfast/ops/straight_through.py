@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vqfast import _backends, _border, reference
+from vqfast.ops.gather import look_up
 
 _border.define(
     "straight_through",
@@ -58,4 +59,4 @@ def all_finite(x: Tensor) -> bool:
 def _rows(codes: Tensor, indices: Tensor) -> Tensor:
     if codes.dim() == 4:
         return codes
-    return _border.call("gather", _backends.choose("gather", None, codes))(codes, indices)
+    return look_up(codes, indices, _backends.choose("gather", None, codes))

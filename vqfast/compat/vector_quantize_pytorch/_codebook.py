@@ -49,6 +49,10 @@ class Codebook(WideState):
     the one writer in training.
     """
 
+    _wide_state = (
+        "embed", "embed_avg", "cluster_size", "_held_size", "_held_sum", "batch_mean", "batch_variance", "codebook_mean", "codebook_variance"
+    )  # fmt: skip
+
     def __init__(
         self,
         dim: int,
@@ -124,16 +128,10 @@ class Codebook(WideState):
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
-    @property
-    def _wide_state(self) -> tuple[str, ...]:
-        affine = ("batch_mean", "batch_variance", "codebook_mean", "codebook_variance") if self.affine_param else ()
-        names = ("embed", "embed_avg", "cluster_size", "_held_size", "_held_sum", *affine)
-        return tuple(name for name in names if getattr(self, name) is not None)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in ("batch_mean", "batch_variance") if self.affine_param else ():
             saved = state_dict.get(prefix + name)  # there once a forward has run, so a fresh layer makes room for it
-            setattr(self, name, None if saved is None else torch.zeros_like(saved, device=self.embed.device))
+            setattr(self, name, None if saved is None else torch.zeros_like(saved, device=self.embed.device, dtype=self.embed.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._may_need_init = not bool(self.initted)
 

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqfast import _border
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._helpers import default, exists  # noqa: F401
 from vqfast.compat.vector_quantize_pytorch.lookup_free_quantization import LFQ
 
 
+@_border.exportable
 class Return(NamedTuple):
     """Result of EvoLFQ's forward."""
 

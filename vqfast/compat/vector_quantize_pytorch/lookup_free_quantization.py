@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import nn as dist_nn
 
+from vqfast import _border
 from vqfast.compat.vector_quantize_pytorch import _layout, _plain
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._gradients import l2norm, straight_through  # noqa: F401
@@ -27,6 +28,7 @@ from vqfast.compat.vector_quantize_pytorch.finite_scalar_quantization import ful
 from vqfast.nn._distributed import world
 
 
+@_border.exportable
 class Return(NamedTuple):
     """Result of LFQ."""
 
@@ -35,6 +37,7 @@ class Return(NamedTuple):
     entropy_aux_loss: Tensor
 
 
+@_border.exportable
 class LossBreakdown(NamedTuple):
     """Terms of LFQ's loss before their weights."""
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vqfast import _backends
+from vqfast import _backends, _border
 from vqfast.compat.vector_quantize_pytorch import _conditional, _layout, _plain
 from vqfast.compat.vector_quantize_pytorch._checks import require
 from vqfast.compat.vector_quantize_pytorch._codebook import Codebook, Found
@@ -100,6 +100,7 @@ __all__ = [
 ]
 
 
+@_border.exportable
 class LossBreakdown(NamedTuple):
     """Terms of VectorQuantize's loss before their weights."""
 
