@@ -36,6 +36,12 @@ def command(name, *arguments):
     assert module.run(parser.parse_args([str(a) for a in arguments])) == 0
 
 
+def test_help_lists_no_key_that_the_codes_decide():
+    text = importlib.import_module("vqfast.cli.train_prior").EPILOG
+    assert "model.channels" in text
+    assert not [key for key in ("codebook_size", "classes", "condition_codes", "condition_scale") if f"model.{key} " in text]
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with two untrained models, two pictures and a prior for each model."""

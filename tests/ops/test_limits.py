@@ -72,6 +72,23 @@ def test_search_never_holds_n_by_k(backend, call):
     run(backend, SEARCH.format(sizes=MEMORY[backend], call=f"lambda x, c: vqfast.{call}(x, c, backend=backend)"))
 
 
+RESIDUAL = """
+x, codebooks = torch.randn(64, 256, generator=g(0)), torch.randn(16, 4096, 256, generator=g(1)).bfloat16()
+call = lambda levels: vqfast.residual_quantize(x, codebooks[:levels], backend=backend).indices
+call(1)
+found, extra = peak(lambda: call(16))
+one = 4096 * 256 * 4 / 2**20
+assert extra < 4 * one, f"{extra:.1f} MiB above what was resident; a level's codes take {one:.0f} MiB in float32"
+"""
+
+
+def test_residual_widens_one_level_at_a_time(backend):
+    no_interpreter(backend)
+    if backend == "reference":
+        pytest.skip("reference: plain torch, which widens more than it needs")
+    run(backend, RESIDUAL)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_rows_cost_at_most_one_float32_copy(backend, dtype):
     """The contract allows O(N D): 256 MiB in float32 here. In float64 it would be 512 MiB."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,12 @@ def settings_epilog() -> str:
     return "\n".join(lines)
 
 
-def key_lines(section: str, kind: type) -> list[str]:
-    """The keys of a section with their defaults and, where they say it, their meaning."""
+def key_lines(section: str, kind: type, without: Sequence[str] = ()) -> list[str]:
+    """The keys of a section that may be set, with their defaults and, where they say it, their meaning."""
     return [
         f"  {section + '.' + f.name:<24} {str(f.default):<14} {f.metadata.get('help', '')}".rstrip()
         for f in dataclasses.fields(kind)
+        if f.name not in without
     ]
 
 

@@ -9,7 +9,7 @@ from vqfast.cli import UserError
 from vqfast.cli._settings import add_flags, key_lines, values_of
 from vqfast.models import PRIOR_PRESETS
 from vqfast.train.config import PRIORS, CodesConfig, merged
-from vqfast.train.priors import begin_priors, prior_preset_values, resume_priors
+from vqfast.train.priors import FROM_CODES, begin_priors, prior_preset_values, resume_priors
 
 # (flag, configuration key, type, help), beside those of vqfast train.
 _FLAGS = (
@@ -30,7 +30,7 @@ def _epilog() -> str:
     lines += ["", "keys beside those of vqfast train ([level-0], [level-1], ... hold what differs for one level, 0 the finest):"]
     lines += key_lines("codes", CodesConfig)
     for kind, (_, config) in PRIORS.items():
-        lines += [f"  with model.kind = {kind}:", *key_lines("model", config)]
+        lines += [f"  with model.kind = {kind}:", *key_lines("model", config, FROM_CODES)]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ from vqfast.train.sources import open_sources, skipped_lines
 
 FORMAT = "vqfast-priors-1"
 # What the codes decide; a configuration cannot.
-_FROM_CODES = ("codebook_size", "classes", "condition_codes", "condition_scale")
+FROM_CODES = ("codebook_size", "classes", "condition_codes", "condition_scale")
 
 
 def level_folder(folder: Path, level: int) -> Path:
@@ -118,7 +118,7 @@ def prior_preset_values(name: str) -> dict[str, Any]:
         {
             field.name: getattr(level, field.name)
             for field in dataclasses.fields(level)
-            if field.name not in _FROM_CODES and getattr(level, field.name) != field.default
+            if field.name not in FROM_CODES and getattr(level, field.name) != field.default
         }
         for level in preset.levels
     ]
@@ -213,7 +213,7 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict]]:
     if model["kind"] not in list(PRIORS):
         raise ConfigError(f"model.kind is {model['kind']!r}; a prior is one of {', '.join(PRIORS)}")
     for section, keys in {"model": model, **networks}.items():
-        for key in _FROM_CODES:
+        for key in FROM_CODES:
             if key in keys:
                 raise ConfigError(f"{section}.{key} follows from the codes; leave it out")
     return {**base, "model": model, "codes": dict(base.get("codes", {}))}, networks
