@@ -125,7 +125,7 @@ void add_up(const Rows& rows, const View& codebooks, const bool* mask, const std
       float *sum = &sums[i % slots * dim], *pulled = pull ? pull + at * dim : nullptr;
       if (pulled) std::fill(pulled, pulled + dim, 0.0f);
       if (!complete) std::fill(sum, sum + dim, mask && !mask[i] ? 0.0f : NAN);
-      std::copy_n(rows.row(i), dim, left.data());
+      if (pulled) std::copy_n(rows.row(i), dim, left.data());
       for (int64_t q = 0; q < taken[i]; ++q) {
         const float* code = code_of(codebooks, q, g, out.indices[q * count * groups + at], wide.data());
         for (int64_t d = 0; complete && d < dim; ++d) sum[d] = q == 0 ? code[d] : sum[d] + code[d];

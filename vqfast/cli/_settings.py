@@ -52,28 +52,28 @@ def add_flags(parser: argparse.ArgumentParser, without: str = "") -> None:
     )
 
 
-def values_of(args: argparse.Namespace, preset: Callable[[str], dict] = preset_values) -> dict[str, Any]:
+def values_of(args: argparse.Namespace, preset: Callable[[str], dict]) -> dict[str, Any]:
     """The nested values that the options ask for: preset, then TOML file, then flags, then --set."""
     flags = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    start = preset(args.preset) if args.preset else {}
-    asked = merged(
+    return merged(
+        preset(args.preset) if args.preset else {},
         read_toml(args.config) if args.config else {},
         assigned(flags),
         assigned(dict(parse_assignment(text) for text in args.set)),
     )
-    if args.preset and preset is preset_values:
-        _check_kind(args.preset, start["model"]["kind"], asked.get("model"))
-    return merged(start, asked)
 
 
-def _check_kind(preset: str, kind: str, model: Any) -> None:
-    """A preset's settings are of no use to a model of another kind, which would call them unknown."""
-    asked = model.get("kind", kind) if isinstance(model, dict) else kind
-    if asked != kind:
-        raise UserError(
-            f"preset {preset} has settings for model.kind={kind}, model.kind={asked} is asked for; choose a preset of that kind, or leave"
-            " --preset out"
-        )
+def model_values_of(args: argparse.Namespace) -> dict[str, Any]:
+    """`values_of` a model, whose preset must be of its kind: another would call the preset's settings unknown."""
+    values = values_of(args, preset_values)
+    if args.preset and isinstance(values["model"], dict):
+        kind, asked = preset_values(args.preset)["model"]["kind"], values["model"]["kind"]
+        if asked != kind:
+            raise UserError(
+                f"preset {args.preset} has settings for model.kind={kind}, model.kind={asked} is asked for; choose a preset of that kind,"
+                " or leave --preset out"
+            )
+    return values
 
 
 def settings_epilog() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vqfast._files import write_atomic
 from vqfast.cli import UserError
-from vqfast.cli._settings import add_settings, settings_epilog, values_of
+from vqfast.cli._settings import add_settings, model_values_of, settings_epilog
 from vqfast.train.config import build_model, config_from, merged, read_json
 from vqfast.train.evaluate import evaluate
 from vqfast.train.plots import Chart, save_charts
@@ -39,7 +39,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.pictures < 1:
         raise UserError(f"--pictures is {args.pictures}, but must be at least 1")
-    values, folder, rows = values_of(args), Path(args.out), []
+    values, folder, rows = model_values_of(args), Path(args.out), []
     grid = [(beta, size) for beta in args.beta for size in args.codebook_sizes]
     kind = values.get("model", {}).get("kind", "vqvae")
     if kind != "vqvae":

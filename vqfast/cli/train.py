@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vqfast.cli import UserError
-from vqfast.cli._settings import add_settings, settings_epilog, values_of
+from vqfast.cli._settings import add_settings, model_values_of, settings_epilog
 from vqfast.train.runs import begin_run, resume_run
 
 EPILOG = settings_epilog()
@@ -30,7 +30,7 @@ def run(args) -> int:
         args.resume and args.resume.endswith(".toml") and not args.config
     ):  # "--resume my.toml" means "--resume" and "my.toml"
         args.config, args.resume = args.resume, ""
-    values = values_of(args)
+    values = model_values_of(args)
     folder = Path(
         args.resume or args.out or f"runs/{args.preset or (Path(args.config).stem if args.config else 'vqvae')}"
     )

@@ -38,8 +38,8 @@ def load_quantizer(source: str | Path | Mapping[str, Tensor], *, prefix: str = "
 
     Returns:
         ResidualVectorQuantizer for a stack, VectorQuantizerEMA where the checkpoint has moving sizes (vector_quantize_pytorch's always
-        has), VectorQuantizer for a codebook alone, which learns by gradient; projections before and after the search are kept. The codes are exactly the checkpoint's, float32 (float64).
-        cluster_size is its moving size; cluster_sum is code times size, so that the codes do not jump when training goes on.
+        has), VectorQuantizer for a codebook alone, which learns by gradient; projections before and after the search are kept. The
+        codes are exactly the checkpoint's, float32 (float64). cluster_size is its moving size; cluster_sum is code times size, so that the codes do not jump when training goes on.
 
     Raises:
         ValueError: nothing known stands under `prefix` (the message lists what does), the layer cannot hold it, or the file cannot be
@@ -78,7 +78,7 @@ def _read(source) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _read_file(path: Path):
+def _read_file(path: Path) -> Mapping:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the checkpoint file in it.")
     try:
@@ -91,7 +91,8 @@ def _read_file(path: Path):
     except ImportError:
         raise
     except Exception as error:  # each format has its own, and what a damaged file raises is not documented
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}; a state dict is needed.")
     return state

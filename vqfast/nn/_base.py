@@ -36,9 +36,9 @@ class WideState(nn.Module):
         super().register_parameter(name, param if wide is param else nn.Parameter(wide.detach(), param.requires_grad))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        given = {name: state_dict[prefix + name] for name in self._wide_state if prefix + name in state_dict}
-        wide = {prefix + name: self._widened(name, tensor) for name, tensor in given.items()}
-        super()._load_from_state_dict({**state_dict, **wide}, prefix, *args)
+        given = {name: tensor for name in self._wide_state if isinstance(tensor := state_dict.get(prefix + name), Tensor)}
+        wide = {prefix + name: self._widened(name, tensor) for name, tensor in given.items() if tensor.dtype in _HALVES}
+        super()._load_from_state_dict({**state_dict, **wide} if wide else state_dict, prefix, *args)
 
     def _widened(self, name: str, tensor: Tensor | None) -> Tensor | None:
         narrow = name in self._wide_state and isinstance(tensor, Tensor) and tensor.dtype in _HALVES
