@@ -118,8 +118,8 @@ Tensor masked_conv_cpu(Tensor x, Tensor weight, Optional bias, bool include_cent
   }
   Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels, s.height, s.width});
   if (out.numel() == 0) return out;
-  const int64_t panels = (s.out_channels + vqfast::kPanel - 1) / vqfast::kPanel;
-  std::vector<float> packed(panels * vqfast::masked_conv_taps(s) * s.in_channels * vqfast::kPanel);
+  const int64_t panels = (s.out_channels + vqfast::kWeightPanel - 1) / vqfast::kWeightPanel;
+  std::vector<float> packed(panels * vqfast::masked_conv_taps(s) * s.in_channels * vqfast::kWeightPanel);
   vqfast::masked_conv_pack(s, static_cast<const float*>(w.const_data_ptr()), packed.data());
   const float* in = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(out.mutable_data_ptr());

@@ -518,13 +518,13 @@ def test_evaluation_agrees_with_a_second_way_of_counting(pictures):
     assert result.pictures == 3 and result.bits_per_dim > 0
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec[0])
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 @pytest.mark.parametrize("target", [1, 900, 1400, 10**6])
 def test_codecs_are_taken_at_the_nearest_size(codec, target, pictures):
     from vqfast.train.evaluate import _compress
 
     items = [torch.from_numpy(np.array(Image.open(pictures / f"p{i}.png"))).permute(2, 0, 1) for i in range(3)]
-    name, low, high, options = codec
+    name, low, high, _, options = codec
     sizes = {q: np.mean([len(_compress(item, name, q, options)) for item in items]) for q in range(low, high + 1)}
     got = codec_at(codec, items, target, Closeness())
     best = min(abs(size - target) for size in sizes.values())

@@ -16,6 +16,7 @@ from vqfast.models import load_pretrained
 from vqfast.train import checkpoint as checkpoints
 from vqfast.train.checkpoint import CheckpointError
 from vqfast.train.config import ConfigError, assigned, build_model, config_from
+from vqfast.train.evaluate import CODECS, usable_codecs
 from vqfast.train.log import read_metrics
 from vqfast.train.loop import TrainingError
 from vqfast.train.priors import begin_priors, find_priors, resume_priors
@@ -378,3 +379,10 @@ def test_wrong_environment_variables(made, tmp_path, name, value, said):
 def test_what_a_layer_refuses_names_the_section():
     with pytest.raises(ConfigError, match=r"\[model\]: decay"):
         build_model(config_from({"model": {"decay": 2.0}}))
+
+
+def test_a_codec_that_cannot_hold_a_picture_is_left_out():
+    notes: list[str] = []
+    found = usable_codecs([torch.zeros(1, 4, 4), torch.zeros(1, 2, 16_384)], notes)
+    assert [codec.name for codec in found] == ["JPEG"] and "16383 pixels" in notes[0] and "16384" in notes[0]
+    assert usable_codecs([torch.zeros(1, 4, 4)], notes) == list(CODECS) and len(notes) == 1

@@ -281,26 +281,26 @@ def where_counted(rest: Tensor, indices: Tensor) -> Tensor:
 
 
 def residual(
-    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool, with_pull: bool
+    x: Tensor, codebooks: Tensor, mask, metric: int, with_sums: bool, with_pull: bool, level=quantize
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Q quantizers in a row, each on what the ones before left over; see vqfast.ops.residual for the outputs."""
+    """Q quantizers in a row, each on what the ones before left over; see vqfast.ops.residual for the outputs.
+
+    `level` quantizes as `quantize` does.
+    """
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     rest = x.to(work)
     pull = torch.zeros_like(rest)
-    levels = []
+    quantized, found = None, []
     for codebook in codebooks:
-        level = quantize(rest, codebook, mask, metric, with_sums)
-        rest = rest - level[0].to(work)
-        counts = (level[2] >= 0)[..., None] & ~rest[..., :1].isnan()  # rows that are not finite have no code
-        pull = pull + torch.where(counts, rest, 0)
-        levels.append(level)
-    quantized = levels[0][0]
-    for level in levels[1:]:
-        quantized = quantized + level[0]
-    columns = list(zip(*levels, strict=True))
-    sq_error = torch.stack(columns[1]).sum(0)
-    indices, sums, counts = (torch.stack(column) for column in columns[2:5])
-    if not with_sums:
-        sums = sums.flatten()
+        codes, *others = level(rest, codebook, mask, metric, with_sums)
+        found.append(others)
+        rest = rest - codes.to(work)
+        if with_pull:
+            counted = (others[1] >= 0)[..., None] & ~rest[..., :1].isnan()  # rows that are not finite have no code
+            pull = pull + torch.where(counted, rest, 0)
+        quantized = codes if quantized is None else quantized + codes
+    sq_error, indices, sums, counts, nonfinite = zip(*found, strict=True)
+    sums, indices, counts = torch.stack(sums), torch.stack(indices), torch.stack(counts)
+    sums = sums if with_sums else sums.flatten()
     pull = pull.contiguous() if with_pull else pull.new_empty(0)
-    return laid_out_like(x, quantized), sq_error, indices, sums, counts, columns[5][0], pull
+    return laid_out_like(x, quantized), torch.stack(sq_error).sum(0), indices, sums, counts, nonfinite[0], pull

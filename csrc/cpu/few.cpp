@@ -18,6 +18,7 @@ constexpr int64_t kMostRows = 2048;         // beyond, a codebook that is turned
 constexpr int kSpreadCodes = 16;
 constexpr double kManyDirections = 8;       // measured: from about 5 on, panels gain nothing for kMostRows rows
 constexpr int64_t kMostDims = 4096;         // beyond, a panel would leave the second-level cache
+constexpr int64_t kShareRows = 64;          // for which a thread turns the codebook around by itself
 constexpr double kTaskProducts = 0x1p20;    // coordinates of rows times codes that are worth a thread
 
 bool is_finite(const float* row, int64_t dim) {
@@ -35,34 +36,35 @@ class FewSearch {
   }
   bool find_centre();
   double directions() const;
-  bool run(const Rows& rows, double* score, int64_t* index);
-  int64_t settled() const { return settled_; }  // candidates, in all
+  // How many candidates were settled in all, or -1.
+  int64_t run(const Rows& rows, double* score, int64_t* index) const;
 
  private:
-  enum class Kind { kPlain, kZero, kNotFinite, kWild };
+  enum class Kind { kPlain, kZero, kNotFinite };
   struct Block;
   int sample_codes(float* sample, int64_t most) const;
-  int64_t padded(int64_t count) const;
-  Kind fill_row(const float* exact, float* work, double* square) const;
-  bool fill(const Rows& rows, Block* block);
-  void set_allowances(Block* block);
-  bool search(const Block& block, double* score, int64_t* index);
+  int64_t search_block(const Rows& rows, int64_t begin, int64_t count, int64_t threads, double* score, int64_t* index) const;
+  Kind unit_row(const float* exact, float* work) const;
+  void lay_out(const std::vector<const float*>& from, Block* block) const;
+  bool fill(const Rows& rows, int64_t begin, Block* block) const;
+  void set_allowances(Block* block) const;
+  int64_t search(const Block& block, int64_t threads, double* score, int64_t* index) const;
 
   const ExactCodes& codes_;
   const Parallel& parallel_;
-  FewPlan plan_ = {};
-  std::vector<float> shift_;
+  FewPlan plan_ = {};               // but for what a block of rows decides
+  std::vector<float> origin_, shift_;  // what is subtracted from rows; added to codes, minus a centre
   double typical_square_ = 0, centre_norm_ = 0;
-  int64_t settled_ = 0;
 };
 
 // Rows that pass over the codebook together.
 struct FewSearch::Block {
-  int64_t begin, count, padded;
+  FewPlan plan;
+  int64_t count, padded;
   std::unique_ptr<float[]> values;  // as FewPlan says
   std::vector<const float*> exact;
   std::vector<Kind> kind;
-  std::vector<double> square;       // of what the plan sees
+  std::vector<double> square;       // of what the plan sees, at most
   std::vector<float> slack, limits;
 };
 
@@ -98,6 +100,8 @@ bool FewSearch::find_centre() {
   const float* rows[kCentreRows];
   for (int i = 0; i < kCentreRows; ++i) rows[i] = &sample[i * dim];
   centre_of(rows, dim, shift_.data());
+  if (codes_.metric == kL2) origin_ = shift_;
+  else origin_.assign(dim, 0.0f);
   for (float& s : shift_) s = -s;
   double square[kCentreRows];
   for (int i = 0; i < kCentreRows; ++i) {
@@ -137,62 +141,77 @@ double FewSearch::directions() const {
 
 // ---- the rows ----------------------------------------------------------------------------------------------------------------
 
-int64_t FewSearch::padded(int64_t count) const {
-  const int64_t narrow = kernels().narrow_tile, rest = count % kernels().rows_per_tile;
-  return plan_.direct ? count : count - rest + (rest + narrow - 1) / narrow * narrow;
-}
-
-// What the plan sees of a row: centred (l2), or of unit length.
-FewSearch::Kind FewSearch::fill_row(const float* exact, float* work, double* square) const {
-  const int64_t dim = codes_.dim;
-  if (codes_.metric == kL2) {
-    for (int64_t d = 0; d < dim; ++d) work[d] = exact[d] + shift_[d];
-    *square = square_of(work, dim);
-    if (*square < kWildSquare) return Kind::kPlain;
-    return is_finite(exact, dim) ? Kind::kWild : Kind::kNotFinite;
-  }
-  *square = square_of(exact, dim);
-  if (*square == 0) return Kind::kZero;
-  if (!(*square < INFINITY)) return Kind::kNotFinite;  // squares of float32 do not overflow
-  const double factor = 1.0 / sqrt(*square);
-  for (int64_t d = 0; d < dim; ++d) work[d] = (float)(exact[d] * factor);
-  *square = 1.0;
+// Of cosine and dot the plan sees rows of unit length; one that has none is left out.
+FewSearch::Kind FewSearch::unit_row(const float* exact, float* work) const {
+  const double square = square_of(exact, codes_.dim);  // squares of float32 do not overflow
+  if (square == 0) return Kind::kZero;
+  if (!(square < INFINITY)) return Kind::kNotFinite;
+  const double factor = 1.0 / sqrt(square);
+  for (int64_t d = 0; d < codes_.dim; ++d) work[d] = (float)(exact[d] * factor);
   return Kind::kPlain;
 }
 
+// Rows less the origin as the kernels read them, and the squares of what they are then, which a tile's are not less than.
+void FewSearch::lay_out(const std::vector<const float*>& from, Block* block) const {
+  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile;
+  block->values.reset(new float[block->padded * dim + kMostTileRows]);
+  float* to = block->values.get();
+  if (block->plan.direct) {
+    for (int64_t i = 0; i < block->count; ++i, to += dim) {
+      for (int64_t d = 0; d < dim; ++d) to[d] = from[i][d] - origin_[d];
+      block->square[i] = square_of(to, dim);
+    }
+    return;
+  }
+  std::unique_ptr<float[]> last(new float[per_tile * dim + kMostTileRows]);  // a tile of which fewer rows stay
+  const float* rows[kMostTileRows];
+  float square[kMostTileRows];
+  for (int64_t i = 0; i < block->padded; i += per_tile, to += per_tile * dim) {
+    const int64_t width = std::min(per_tile, block->padded - i);
+    for (int64_t r = 0; r < per_tile; ++r) rows[r] = r < width ? from[i + r] : origin_.data();
+    kernels().to_tile(rows, origin_.data(), dim, width < per_tile ? last.get() : to, square);
+    if (width < per_tile)
+      for (int64_t d = 0; d < dim; ++d) memcpy(to + d * width, &last[d * per_tile], width * sizeof(float));
+    for (int64_t r = 0; r < width; ++r) block->square[i + r] = square[r] * (1.0 + (double)(dim + 8) * 0x1p-23);  // a sum in float32
+  }
+}
+
 // False: a row is out of float32's reach.
-bool FewSearch::fill(const Rows& rows, Block* block) {
-  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile, count = block->count;
-  block->padded = padded(count);
-  block->values.reset(new float[block->padded * dim]());
+bool FewSearch::fill(const Rows& rows, int64_t begin, Block* block) const {
+  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile, narrow = kernels().narrow_tile, count = block->count;
+  const int64_t rest = count % per_tile;
+  block->padded = block->plan.direct ? count : count - rest + (rest + narrow - 1) / narrow * narrow;
   block->exact.assign(block->padded, nullptr);
   block->kind.assign(count, Kind::kPlain);
-  block->square.assign(count, 0.0);
-  std::vector<float> work(dim);
+  block->square.assign(block->padded, 0.0);
+  std::vector<float> unit(codes_.metric == kL2 ? 0 : count * dim);
+  std::vector<const float*> from(block->padded, origin_.data());
   for (int64_t i = 0; i < count; ++i) {
-    block->exact[i] = rows.row(block->begin + i);
-    block->kind[i] = fill_row(block->exact[i], work.data(), &block->square[i]);
-    if (block->kind[i] == Kind::kWild) return false;
-    if (block->kind[i] != Kind::kPlain) continue;
-    const int64_t first = plan_.direct ? i : i / per_tile * per_tile;  // of its tile
-    const int64_t width = plan_.direct ? 1 : std::min(per_tile, block->padded - first);
-    float* to = block->values.get() + first * dim + (i - first);
-    for (int64_t d = 0; d < dim; ++d) to[d * width] = work[d];
+    from[i] = block->exact[i] = rows.row(begin + i);
+    if (codes_.metric == kL2) continue;
+    block->kind[i] = unit_row(block->exact[i], &unit[i * dim]);
+    from[i] = block->kind[i] == Kind::kPlain ? &unit[i * dim] : origin_.data();
+  }
+  lay_out(from, block);
+  for (int64_t i = 0; i < count; ++i) {
+    if (block->square[i] < kWildSquare) continue;
+    if (is_finite(block->exact[i], dim)) return false;
+    block->kind[i] = Kind::kNotFinite;
   }
   set_allowances(block);
   return true;
 }
 
 // docs/SEARCH.md, "Few rows".
-void FewSearch::set_allowances(Block* block) {
+void FewSearch::set_allowances(Block* block) const {
   double total = 0;
-  for (double square : block->square) total += square;
+  for (int64_t i = 0; i < block->count; ++i) total += block->kind[i] == Kind::kPlain ? block->square[i] : 0.0;
   const int64_t dim = codes_.dim;
   const double u = 0x1p-24, ops = kernels().ops_per_term;
   const double roundings = (ops * (dim + 4) + 8) * u, error = 1.01 * roundings / (1 - roundings);
   const double ratio = total > 0 ? sqrt(typical_square_ / (total / block->count)) : 1.0;
   const double balance = std::min(0x1p30, std::max(0x1p-30, ratio));
-  plan_.of_code = (float)(1.01 * error * (2.0 * plan_.half + 0.5 / balance));
+  block->plan.of_code = (float)(1.01 * error * (2.0 * plan_.half + 0.5 / balance));
   const double of_formula = (dim + 8) * 0x1p-52 * (codes_.metric == kDot ? 1.0 + centre_norm_ : 1.0);
   const double of_norm = plan_.unit ? 1.01 * ((ops * (dim / kernels().lanes + 2) + 6) / 2 + 4) * u : 0.0;
   block->slack.assign(block->padded, 0.0f);
@@ -206,11 +225,12 @@ void FewSearch::set_allowances(Block* block) {
 
 // ---- the search --------------------------------------------------------------------------------------------------------------
 
-bool FewSearch::search(const Block& block, double* score, int64_t* index) {
+// The codes are shared out to the threads.
+int64_t FewSearch::search(const Block& block, int64_t threads, double* score, int64_t* index) const {
   const Kernels& k = kernels();
   const int64_t panels = (plan_.count + kPanel - 1) / kPanel, n = block.padded;
   const double products = (double)n * plan_.count * codes_.dim;
-  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>({parallel_.threads, panels, (int64_t)(products / kTaskProducts)}));
+  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>({threads, panels, (int64_t)(products / kTaskProducts)}));
   std::unique_ptr<Row[]> rows(new Row[tasks * n]);  // a task has a part of the codes, and its own account of every row
   std::vector<int64_t> settled(tasks);
   parallel_(tasks, 1, [&](int64_t begin, int64_t end) {
@@ -226,12 +246,13 @@ bool FewSearch::search(const Block& block, double* score, int64_t* index) {
       std::vector<float> limits = block.limits;
       std::unique_ptr<float[]> scratch(new float[std::max(codes_.dim, n) * kPanel]);
       const int64_t first = panels * t / tasks * kPanel, last = std::min(plan_.count, panels * (t + 1) / tasks * kPanel);
-      settled[t] = k.few(plan_, codes_, first, last, block.values.get(), n, limits.data(), own, scratch.get());
+      settled[t] = k.few(block.plan, codes_, first, last, block.values.get(), n, limits.data(), own, scratch.get());
     }
   });
+  int64_t total = 0;
   for (int64_t of_task : settled) {
-    if (of_task < 0) return false;
-    settled_ += of_task;
+    if (of_task < 0) return -1;
+    total += of_task;
   }
   int64_t lowest = 0;  // what rows without direction get
   while (!is_finite(codes_.codes + lowest * codes_.ld, codes_.dim)) ++lowest;  // the sample holds a finite one
@@ -245,19 +266,44 @@ bool FewSearch::search(const Block& block, double* score, int64_t* index) {
     score[i] = kind == Kind::kPlain ? best->best : kind == Kind::kZero ? 0.0 : NAN;
     index[i] = kind == Kind::kPlain ? best->index : kind == Kind::kZero ? lowest : 0;
   }
-  return true;
+  return total;
 }
 
-bool FewSearch::run(const Rows& rows, double* score, int64_t* index) {
-  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile;
-  const int64_t most = std::max<int64_t>(1, kTileBytes / (dim * per_tile * (int64_t)sizeof(float))) * per_tile;
+int64_t FewSearch::search_block(const Rows& rows, int64_t begin, int64_t count, int64_t threads, double* score, int64_t* index) const {
   Block block;
-  for (block.begin = 0; block.begin < rows.count; block.begin += block.count) {
-    block.count = std::min(most, rows.count - block.begin);
-    plan_.direct = block.count <= std::min<int64_t>(kDirectRows, dim / kDirectDims);
-    if (!fill(rows, &block) || !search(block, score + block.begin, index + block.begin)) return false;
+  block.plan = plan_;
+  block.plan.direct = count <= std::min<int64_t>(kDirectRows, codes_.dim / kDirectDims);
+  block.count = count;
+  return fill(rows, begin, &block) ? search(block, threads, score + begin, index + begin) : -1;
+}
+
+int64_t FewSearch::run(const Rows& rows, double* score, int64_t* index) const {
+  const int64_t dim = codes_.dim, per_tile = kernels().rows_per_tile, threads = parallel_.threads;
+  const int64_t tiles = std::max<int64_t>(1, (rows.count + per_tile - 1) / per_tile);
+  const int64_t most = std::max<int64_t>(1, kTileBytes / (dim * per_tile * (int64_t)sizeof(float)));  // tiles of a block
+  // Threads share rows where each finds enough of them, which they then lay out side by side too, else codes.
+  const double products = (double)rows.count * plan_.count * dim;
+  const bool share_rows = rows.count >= threads * kShareRows && products >= threads * kTaskProducts;
+  const int64_t at_least = std::max((tiles + most - 1) / most, share_rows ? threads : 1);
+  const int64_t per_block = (tiles + at_least - 1) / at_least * per_tile, blocks = (rows.count + per_block - 1) / per_block;
+  std::vector<int64_t> settled(blocks, -1);
+  const auto search_one = [&](int64_t i, int64_t code_threads) {
+    settled[i] = search_block(rows, i * per_block, std::min(per_block, rows.count - i * per_block), code_threads, score, index);
+    return settled[i] >= 0;
+  };
+  if (share_rows) {
+    parallel_.share(blocks, [&](auto next) {
+      for (int64_t i = next(); i < blocks && search_one(i, 1); i = next()) {}
+    });
+  } else {
+    for (int64_t i = 0; i < blocks && search_one(i, threads); ++i) {}
   }
-  return true;
+  int64_t total = 0;
+  for (int64_t of_block : settled) {
+    if (of_block < 0) return -1;
+    total += of_block;
+  }
+  return total;
 }
 
 }  // namespace
@@ -276,7 +322,7 @@ int64_t search_few(const ExactCodes& codes, int64_t count, const Rows& rows, Few
   FewSearch search(codes, count, parallel);
   if (!search.find_centre()) return -1;
   if (few == Few::kIfSpread && search.directions() < kManyDirections) return -1;
-  return search.run(rows, score, index) ? search.settled() : -1;
+  return search.run(rows, score, index);
 }
 
 }  // namespace vqfast

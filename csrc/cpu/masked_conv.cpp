@@ -32,13 +32,13 @@ int64_t masked_conv_taps(const MaskedConvShape& s) {
 
 void masked_conv_pack(const MaskedConvShape& s, const float* weight, float* packed) {
   const int64_t taps = masked_conv_taps(s), kernel = s.kernel_height * s.kernel_width, center = kernel / 2;
-  const int64_t panels = (s.out_channels + kPanel - 1) / kPanel;
+  const int64_t panels = (s.out_channels + kWeightPanel - 1) / kWeightPanel;
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < s.in_channels; ++c) {
-        float* row = packed + ((p * taps + t) * s.in_channels + c) * kPanel;
-        for (int64_t o = 0; o < kPanel; ++o) {
-          const int64_t out = p * kPanel + o;
+        float* row = packed + ((p * taps + t) * s.in_channels + c) * kWeightPanel;
+        for (int64_t o = 0; o < kWeightPanel; ++o) {
+          const int64_t out = p * kWeightPanel + o;
           const bool seen = out < s.out_channels && (t != center || center_sees(s, out, c));
           row[o] = seen ? weight[(out * s.in_channels + c) * kernel + t] : 0.0f;
         }
@@ -67,28 +67,28 @@ void masked_conv_rows(const MaskedConvShape& s, const SampleKernels& k, const fl
   FloatMode mode;
   const Margins m = margins(s);
   const int64_t wide = s.width + 2 * m.side, taps = masked_conv_taps(s), channels = s.in_channels;
-  const int64_t panels = (s.out_channels + kPanel - 1) / kPanel;
-  std::vector<float> acc(kChunk * kPanel);
+  const int64_t panels = (s.out_channels + kWeightPanel - 1) / kWeightPanel;
+  std::vector<float> acc(kRowChunk * kWeightPanel);
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t count = std::min(kPanel, s.out_channels - p * kPanel);
+    const int64_t count = std::min(kWeightPanel, s.out_channels - p * kWeightPanel);
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < s.width; j += kChunk) {
-        const int64_t rows = std::min(kChunk, s.width - j);
+      for (int64_t j = 0; j < s.width; j += kRowChunk) {
+        const int64_t rows = std::min(kRowChunk, s.width - j);
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t o = 0; o < kPanel; ++o) acc[r * kPanel + o] = bias && o < count ? bias[p * kPanel + o] : 0.0f;
-        const float* w = packed + p * taps * channels * kPanel;
+          for (int64_t o = 0; o < kWeightPanel; ++o) acc[r * kWeightPanel + o] = bias && o < count ? bias[p * kWeightPanel + o] : 0.0f;
+        const float* w = packed + p * taps * channels * kWeightPanel;
         for (int64_t t = 0; t < taps; ++t) {
           const int64_t dy = s.dilation * (t / s.kernel_width), dx = s.dilation * (t % s.kernel_width);
           const float* in = padded + ((i + dy) * wide + j + dx) * channels;
-          for (int64_t c = 0; c < channels; c += kBlock) {
-            const int64_t n = std::min(kBlock, channels - c);
+          for (int64_t c = 0; c < channels; c += kWeightBlock) {
+            const int64_t n = std::min(kWeightBlock, channels - c);
             k.chain(acc.data(), in + c, channels, rows, w, n);
-            w += n * kPanel;
+            w += n * kWeightPanel;
           }
         }
         for (int64_t o = 0; o < count; ++o) {
-          float* to = out + ((p * kPanel + o) * s.height + i) * s.width + j;
-          for (int64_t r = 0; r < rows; ++r) to[r] = acc[r * kPanel + o];
+          float* to = out + ((p * kWeightPanel + o) * s.height + i) * s.width + j;
+          for (int64_t r = 0; r < rows; ++r) to[r] = acc[r * kWeightPanel + o];
         }
       }
   }

@@ -182,7 +182,7 @@ class Reader {
     }
     const int64_t end = at_;
     at_ = weight_word;
-    i.weight = floats(panels(i) * i.depth * kPanel);
+    i.weight = floats(panels(i) * i.depth * kWeightPanel);
     at_ = end;
   }
 
@@ -203,7 +203,7 @@ class Reader {
 
  public:
   static int64_t panels(const Instruction& i) {
-    return i.epilogue >= kGate ? (i.outputs / 2 + kHalf - 1) / kHalf : (i.outputs + kPanel - 1) / kPanel;
+    return i.epilogue >= kGate ? (i.outputs / 2 + kHalf - 1) / kHalf : (i.outputs + kWeightPanel - 1) / kWeightPanel;
   }
 
  private:
@@ -271,7 +271,7 @@ class Engine {
     int64_t mixed = 0;
     for (const auto& i : p_.code) mixed = i.op == kAttend ? std::max(mixed, round_up(i.value, 16)) : mixed;
     for (Scratch& s : scratch_) {
-      s.acc.resize(kChunk * kPanel);
+      s.acc.resize(kRowChunk * kWeightPanel);
       s.scores.resize(round_up(a_.height * a_.width, 16));
       s.mixed.resize(mixed);
       s.draw.resize(draw_scratch(p_.codebook_size));
@@ -454,7 +454,7 @@ class Engine {
   static Halves halves(const Instruction& i, int64_t panel) {
     const bool gated = i.epilogue >= kGate;
     const int64_t limit = gated ? i.outputs / 2 : i.outputs;
-    const int64_t first = gated ? panel * kHalf : panel * kPanel;
+    const int64_t first = gated ? panel * kHalf : panel * kWeightPanel;
     const int64_t second = gated ? limit + first : first + kHalf;
     const auto clip = [](int64_t n) { return std::clamp<int64_t>(n, 0, kHalf); };
     return {{first, second}, {clip(limit - first), clip((gated ? i.outputs : limit) - second)}};
@@ -467,30 +467,30 @@ class Engine {
     if (panels % threads_ == 0 || rows < 12 * threads_) panel = share(panels, thread, threads_);
     else part = share(rows, thread, threads_);
     for (int64_t p = panel.begin; p < panel.end; ++p)
-      for (int64_t m = part.begin; m < part.end; m += kChunk)
-        convolve_chunk(i, row, c0, p, m, std::min(kChunk, part.end - m), s.acc.data());
+      for (int64_t m = part.begin; m < part.end; m += kRowChunk)
+        convolve_chunk(i, row, c0, p, m, std::min(kRowChunk, part.end - m), s.acc.data());
   }
 
   void convolve_chunk(const Instruction& i, int64_t row, int64_t c0, int64_t panel, int64_t m, int64_t rows, float* acc) {
     const Halves h = halves(i, panel);
     start(i, row, c0, h, m, rows, acc);
-    const float* w = a_.weights + i.weight + panel * i.depth * kPanel;
+    const float* w = a_.weights + i.weight + panel * i.depth * kWeightPanel;
     for (const Tap& tap : i.taps) {
       const Buffer& b = p_.buffers[tap.buffer];
       const float* in = at(b, row + tap.dy, c0 + tap.dx) + m * b.stride;
-      for (int64_t c = 0; c < tap.channels; c += kBlock) {
-        const int64_t n = std::min(kBlock, tap.channels - c);
+      for (int64_t c = 0; c < tap.channels; c += kWeightBlock) {
+        const int64_t n = std::min(kWeightBlock, tap.channels - c);
         k_.chain(acc, in + c, b.stride, rows, w, n);
-        w += n * kPanel;
+        w += n * kWeightPanel;
       }
     }
-    for (int64_t r = 0; r < rows; ++r) finish(i, row, c0, h, m + r, acc + r * kPanel);
+    for (int64_t r = 0; r < rows; ++r) finish(i, row, c0, h, m + r, acc + r * kWeightPanel);
   }
 
   // Where the chains begin: bias (+ class), or what an earlier instruction has summed.
   void start(const Instruction& i, int64_t row, int64_t c0, const Halves& h, int64_t m, int64_t rows, float* acc) {
     for (int64_t r = 0; r < rows; ++r) {
-      float* out = acc + r * kPanel;
+      float* out = acc + r * kWeightPanel;
       const float* from = i.init_kind == 0 ? a_.weights + i.init
                                            : at(p_.buffers[i.init], row, c0) + (m + r) * p_.buffers[i.init].stride;
       const int64_t label = i.classes >= 0 && a_.labels ? a_.labels[(m + r) % a_.batch] : -1;
@@ -514,8 +514,8 @@ class Engine {
     if (i.out < 0) return;
     if (i.epilogue == kGate) k_.gate(acc, acc, acc + kHalf, kHalf);
     if (i.epilogue == kGlu) k_.glu(acc, acc, acc + kHalf, kHalf);
-    if (i.epilogue == kElu) k_.elu(acc, acc, kPanel);
-    if (i.epilogue == kRelu) relu(acc, acc, kPanel);
+    if (i.epilogue == kElu) k_.elu(acc, acc, kWeightPanel);
+    if (i.epilogue == kRelu) relu(acc, acc, kWeightPanel);
     for (int half = 0; half < (i.epilogue >= kGate ? 1 : 2); ++half) {
       float* value = acc + half * kHalf;
       const int64_t n = h.count[half], offset = h.offset[half];

@@ -8,35 +8,35 @@
 
 namespace {
 
-using vqfast::kPanel;
+using vqfast::kWeightPanel;
 
 // Owns MR rows by NV vectors of one panel: MR * NV accumulators stay in registers while c runs over the channels.
 template <class V, int MR, int NV>
 inline void chain_tile(float* acc, const float* a, int64_t lda, const float* w, int64_t channels) {
   typename V::T sum[MR][NV];
   for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) sum[r][v] = V::load(acc + r * kPanel + v * V::N);
+    for (int v = 0; v < NV; ++v) sum[r][v] = V::load(acc + r * kWeightPanel + v * V::N);
   for (int64_t c = 0; c < channels; ++c) {
     typename V::T weight[NV];
-    for (int v = 0; v < NV; ++v) weight[v] = V::load(w + c * kPanel + v * V::N);
+    for (int v = 0; v < NV; ++v) weight[v] = V::load(w + c * kWeightPanel + v * V::N);
     // Sixteen rows ahead (4 KB): far enough for the second cache level, near enough not to leave the first.
     if (MR == 1)
-      for (int v = 0; v < NV; v += 16 / V::N > 0 ? 16 / V::N : 1) __builtin_prefetch(w + (c + 16) * kPanel + v * V::N);
+      for (int v = 0; v < NV; v += 16 / V::N > 0 ? 16 / V::N : 1) __builtin_prefetch(w + (c + 16) * kWeightPanel + v * V::N);
     for (int r = 0; r < MR; ++r) {
       const typename V::T x = V::set1(a[r * lda + c]);
       for (int v = 0; v < NV; ++v) sum[r][v] = V::fma(x, weight[v], sum[r][v]);
     }
   }
   for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) V::store(acc + r * kPanel + v * V::N, sum[r][v]);
+    for (int v = 0; v < NV; ++v) V::store(acc + r * kWeightPanel + v * V::N, sum[r][v]);
 }
 
 template <class V, int NV>
 void chain(float* acc, const float* a, int64_t lda, int64_t rows, const float* w, int64_t channels) {
   for (int64_t m = 0; m < rows; m += 6) {
     const int64_t left = rows - m;
-    for (int64_t o = 0; o < kPanel; o += NV * V::N) {
-      float* out = acc + m * kPanel + o;
+    for (int64_t o = 0; o < kWeightPanel; o += NV * V::N) {
+      float* out = acc + m * kWeightPanel + o;
       const float* in = a + m * lda;
       if (left >= 6) chain_tile<V, 6, NV>(out, in, lda, w + o, channels);
       else if (left == 5) chain_tile<V, 5, NV>(out, in, lda, w + o, channels);

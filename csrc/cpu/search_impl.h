@@ -117,6 +117,84 @@ inline void append(const ExactCodes& e, Row* row, int32_t code, float score, flo
   row->score[row->count++] = score;
 }
 
+// ---- the end -----------------------------------------------------------------------------------------------------------------
+
+constexpr int kPairs = 4;  // distances that are computed side by side
+
+// A row, or its start, on its way into the second-level cache: what waits together may be more than the first holds.
+inline void fetch(const float* row, int64_t dim) {
+  for (int64_t d = 0; d < (dim < 256 ? dim : 256); d += 16) __builtin_prefetch(row + d, 0, 2);
+}
+
+// Squared distances of kPairs pairs in float64, in an order of our own.
+inline void double_distances(const float* const* x, const float* const* c, int64_t dim, double* out) {
+  const double zeros[WD] = {};
+  D total[kPairs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kPairs; ++j) total[j] = dload(zeros);
+  int64_t d = 0;
+  for (; d + WD <= dim; d += WD) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      const D t = dsub(widen(x[j] + d), widen(c[j] + d));
+      total[j] = dfma(t, t, total[j]);
+    }
+  }
+  for (int j = 0; j < kPairs; ++j) out[j] = dsum(total[j]);
+  for (; d < dim; ++d) {
+    for (int j = 0; j < kPairs; ++j) {
+      const double t = (double)x[j][d] - (double)c[j][d];
+      out[j] += t * t;
+    }
+  }
+}
+
+// Leaves rows the candidates that the formula may choose. A row with one has its code, and its distance is the formula's rounded to
+// float32: nearly always a sum in any order shows what that is. Then the formula's own order, one addition after the other, is not needed.
+// Takes some of the rows; returns how many.
+inline int shortlist(const ExactCodes& e, Row* rows, int row_count) {
+  constexpr int kSome = 2 * kCandidates;
+  const float *x[kSome + kPairs], *c[kSome + kPairs];
+  alignas(64) double square[kSome + kPairs];
+  int n = 0, taken = 0;
+  for (; taken < row_count && n + rows[taken].count <= kSome; ++taken) {
+    for (int i = 0; i < rows[taken].count; ++i, ++n) {
+      x[n] = rows[taken].exact;
+      c[n] = e.codes + (int64_t)rows[taken].candidate[i] * e.ld;
+      fetch(c[n], e.dim);
+    }
+  }
+  for (int i = n; n && i < n + kPairs; ++i) x[i] = x[0], c[i] = c[0];
+  for (int i = 0; i < n; i += kPairs) double_distances(x + i, c + i, e.dim, square + i);
+  const double error = (double)(e.dim + 16) * 0x1p-52;
+  const double* of_row = square;
+  for (Row* row = rows; row < rows + taken; ++row) {
+    double least = row->best;  // +inf, or what was settled before
+    for (int i = 0; i < row->count; ++i) least = of_row[i] < least ? of_row[i] : least;
+    int kept = 0;
+    double last = 0;
+    for (int i = 0; i < row->count; ++i) {
+      row->candidate[kept] = row->candidate[i];
+      const bool near = of_row[i] * (1.0 - error) <= least * (1.0 + error);
+      last = near ? of_row[i] : last;
+      kept += near;
+    }
+    of_row += row->count;
+    row->count = kept;
+    if (kept != 1 || row->index != INT64_MAX || (float)(last * (1.0 - error)) != (float)(last * (1.0 + error))) continue;
+    row->best = last;
+    row->index = row->candidate[0];
+    row->count = 0;
+  }
+  return taken;
+}
+
+// Settles rows that nothing is compared with after this: of their scores only the float32 counts.
+void finish_rows(const ExactCodes& e, Row* rows, int row_count) {
+  for (int r = 0; e.metric == kL2 && r < row_count;) r += shortlist(e, rows + r, row_count - r);
+  settle_rows(e, rows, row_count);
+}
+
 // ---- dense road --------------------------------------------------------------------------------------------------------------
 
 // Scores of kUnit codes for kRows rows, held in registers from the first coordinate to the last.
@@ -186,7 +264,7 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
     }
   }
   for (int64_t r = 0; r < tile_count * kRows; ++r) compact(&rows[r], limits[r]);
-  settle_rows(e, rows, (int)(tile_count * kRows));
+  finish_rows(e, rows, (int)(tile_count * kRows));
 }
 
 void to_tile(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square) {
@@ -284,27 +362,27 @@ void project(const PanelPlan& plan, const float* rows, int64_t ld, int64_t n, Pa
   for (int64_t i = 0; i < n; i += W) some_rows(plan, rows + i * ld, ld, n - i < W ? (int)(n - i) : W, out + i);
 }
 
-// Of four directions and kRowsTogether rows, so that directions and images are read once for all of those.
-constexpr int kRowsTogether = 4;
+// Of four directions and kSampleRows rows, so that directions and images are read once for all of those.
+constexpr int kSampleRows = 4;
 inline void apply_covariance_to(const float* const* row, const float* centre, const float* basis, int64_t dim, float* out) {
-  V y[kRowsTogether][4], x[kRowsTogether];
+  V y[kSampleRows][4], x[kSampleRows];
   const auto centred = [&](int64_t d) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRowsTogether; ++r) x[r] = sub(load_n(row[r] + d, dim - d), load_n(centre + d, dim - d));
+    for (int r = 0; r < kSampleRows; ++r) x[r] = sub(load_n(row[r] + d, dim - d), load_n(centre + d, dim - d));
   };
 #pragma GCC unroll 4
-  for (int r = 0; r < kRowsTogether; ++r) y[r][0] = y[r][1] = y[r][2] = y[r][3] = set(0);
+  for (int r = 0; r < kSampleRows; ++r) y[r][0] = y[r][1] = y[r][2] = y[r][3] = set(0);
   for (int64_t d = 0; d < dim; d += W) {
     centred(d);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const V direction = load_n(basis + i * dim + d, dim - d);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRowsTogether; ++r) y[r][i] = fma(x[r], direction, y[r][i]);
+      for (int r = 0; r < kSampleRows; ++r) y[r][i] = fma(x[r], direction, y[r][i]);
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRowsTogether; ++r) {
+  for (int r = 0; r < kSampleRows; ++r) {
     float sums[4];
     four_sums(y[r], sums);
 #pragma GCC unroll 4
@@ -316,7 +394,7 @@ inline void apply_covariance_to(const float* const* row, const float* centre, co
     for (int i = 0; i < 4; ++i) {
       V image = load_n(out + i * dim + d, dim - d);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRowsTogether; ++r) image = fma(y[r][i], x[r], image);
+      for (int r = 0; r < kSampleRows; ++r) image = fma(y[r][i], x[r], image);
       store_n(out + i * dim + d, image, dim - d);
     }
   }
@@ -324,9 +402,9 @@ inline void apply_covariance_to(const float* const* row, const float* centre, co
 
 void apply_covariance(const float* const* rows, int64_t n, const float* centre, const float* basis, int directions, int64_t dim,
                       float* out) {
-  for (int64_t first = 0; first < n; first += kRowsTogether) {
-    const float* row[kRowsTogether];
-    for (int r = 0; r < kRowsTogether; ++r) row[r] = first + r < n ? rows[first + r] : centre;  // which adds nothing
+  for (int64_t first = 0; first < n; first += kSampleRows) {
+    const float* row[kSampleRows];
+    for (int r = 0; r < kSampleRows; ++r) row[r] = first + r < n ? rows[first + r] : centre;  // which adds nothing
     for (int j = 0; j < directions; j += 4) apply_covariance_to(row, centre, basis + j * dim, dim, out + j * dim);
   }
 }

@@ -6,15 +6,9 @@
 // result would stop the processor from overlapping the rows, but by the time all rows have taken a step the first results are there.
 
 constexpr int kBatchRows = 32;
-constexpr int kPairs = 4;       // distances that are computed side by side
-constexpr int kBounds = 16;     // and those whose bounds are looked at together
-constexpr int kChunk = 16;      // visits that are screened before their survivors are listed
+constexpr int kBounds = 16;     // distances whose bounds are looked at together
+constexpr int kVisits = 16;     // visits that are screened before their survivors are listed
 constexpr int kEnough = 64;     // survivors that are evaluated together
-
-// A row, or its start, on its way into the second-level cache: what waits together may be more than the first holds.
-inline void fetch(const float* row, int64_t dim) {
-  for (int64_t d = 0; d < (dim < 256 ? dim : 256); d += 16) __builtin_prefetch(row + d, 0, 2);
-}
 
 // So that a bound is written once, for one row and for W of them.
 inline float add(float a, float b) { return a + b; }
@@ -54,10 +48,10 @@ struct Batch {
   int32_t first_at[kBatchRows];        // its place in its group of panels, kPanel to a panel; -1: not known
   const float* x[kBatchRows];          // what distances subtract codes from
   Row row[kBatchRows];
-  Visit visit[kChunk + kPanelGroup];   // that wait for the screen
-  alignas(64) uint32_t left[kChunk + kPanelGroup][kNear];  // lanes of the visit's panel that a row has yet to evaluate: all but its first code
+  Visit visit[kVisits + kPanelGroup];   // that wait for the screen
+  alignas(64) uint32_t left[kVisits + kPanelGroup][kNear];  // lanes of the visit's panel that a row has yet to evaluate: all but its first code
   int visits;
-  Survivor survivor[kEnough + kChunk * kNear * kPanel];
+  Survivor survivor[kEnough + kVisits * kNear * kPanel];
   int survivors;
   PanelCounts counts;
 };
@@ -344,8 +338,8 @@ inline uint32_t near_boxes(const int32_t* low, const int32_t* high, const Batch<
 // Visits on their way through the screen: all scores, and which codes are under the rows' limits.
 template <int kNear>
 struct Screened {
-  alignas(64) int32_t score[kChunk][kNear][kPanel];
-  alignas(64) uint32_t lanes[kNear * kChunk];  // of one row after the other
+  alignas(64) int32_t score[kVisits][kNear][kPanel];
+  alignas(64) uint32_t lanes[kNear * kVisits];  // of one row after the other
 };
 
 // No branch here, so that visits overlap in the processor.
@@ -367,20 +361,20 @@ inline void screen_panel(const Batch<kTwos, kNear>& b, int place, Screened<kNear
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kNear; ++r) out->lanes[r * kChunk + place] = lanes[r] & b.left[place][r];
+  for (int r = 0; r < kNear; ++r) out->lanes[r * kVisits + place] = lanes[r] & b.left[place][r];
 }
 
-// Screens up to kChunk visits and lists what survives; its codes are on their way from memory when it is evaluated.
+// Screens up to kVisits visits and lists what survives; its codes are on their way from memory when it is evaluated.
 template <int kTwos, int kNear>
 __attribute__((noinline)) void screen_visits(Batch<kTwos, kNear>& b, int count) {
   const PanelPlan& plan = *b.plan;
   Screened<kNear> screened;
   for (int i = 0; i < count; ++i) screen_panel<kTwos, kNear>(b, i, &screened);
   for (int r = 0; r < kNear; ++r)
-    for (int i = count; i < kChunk; ++i) screened.lanes[r * kChunk + i] = 0;
+    for (int i = count; i < kVisits; ++i) screened.lanes[r * kVisits + i] = 0;
   Survivor* out = b.survivor + b.survivors;
-  for (uint64_t some = not_zero<kChunk * kNear>(screened.lanes); some; some &= some - 1) {
-    const int at = __builtin_ctzll(some), place = at % kChunk, r = at / kChunk, row = b.visit[place].tile * kNear + r;
+  for (uint64_t some = not_zero<kVisits * kNear>(screened.lanes); some; some &= some - 1) {
+    const int at = __builtin_ctzll(some), place = at % kVisits, r = at / kVisits, row = b.visit[place].tile * kNear + r;
     const int32_t* id = plan.id + (int64_t)b.visit[place].panel * kPanel;
     for (uint32_t lanes = screened.lanes[at]; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
@@ -402,10 +396,10 @@ inline void add_visits(Batch<kTwos, kNear>& b, int tile, int64_t group, uint32_t
 // True: a chunk was full, and what is left over stands in front.
 template <int kTwos, int kNear>
 inline bool screen_full_chunk(Batch<kTwos, kNear>& b) {
-  if (b.visits < kChunk) return false;
-  screen_visits<kTwos, kNear>(b, kChunk);
-  b.visits -= kChunk;
-  for (int i = 0; i < b.visits; ++i) b.visit[i] = b.visit[kChunk + i];
+  if (b.visits < kVisits) return false;
+  screen_visits<kTwos, kNear>(b, kVisits);
+  b.visits -= kVisits;
+  for (int i = 0; i < b.visits; ++i) b.visit[i] = b.visit[kVisits + i];
   return true;
 }
 
@@ -446,9 +440,9 @@ inline void visit_home(Batch<kTwos, kNear>& b) {
       if (at >= 0 && (near[t] & panel)) b.left[before + __builtin_popcount(near[t] & (panel - 1))][r] = ~(1u << at % kPanel);
     }
     if (!screen_full_chunk(b)) continue;
-    static_assert(kPanelGroup <= kChunk, "what is carried over fits in front");
-    __builtin_memcpy(b.left, b.left + kChunk, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
-    __builtin_memset(b.left + kChunk, 0xFF, sizeof(b.left) - sizeof(b.left[0]) * kChunk);
+    static_assert(kPanelGroup <= kVisits, "what is carried over fits in front");
+    __builtin_memcpy(b.left, b.left + kVisits, sizeof(b.left) - sizeof(b.left[0]) * kVisits);
+    __builtin_memset(b.left + kVisits, 0xFF, sizeof(b.left) - sizeof(b.left[0]) * kVisits);
   }
   finish_visits(b);
   __builtin_memset(b.left, 0xFF, sizeof(b.left));
@@ -487,64 +481,7 @@ inline void visit_others(Batch<kTwos, kNear>& b) {
   finish_visits(b);
 }
 
-// ---- the end -----------------------------------------------------------------------------------------------------------------
-
-// Squared distances of kPairs pairs in float64, in an order of our own.
-inline void double_distances(const float* const* x, const float* const* c, int64_t dim, double* out) {
-  const double zeros[WD] = {};
-  D total[kPairs];
-#pragma GCC unroll 4
-  for (int j = 0; j < kPairs; ++j) total[j] = dload(zeros);
-  int64_t d = 0;
-  for (; d + WD <= dim; d += WD) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kPairs; ++j) {
-      const D t = dsub(widen(x[j] + d), widen(c[j] + d));
-      total[j] = dfma(t, t, total[j]);
-    }
-  }
-  for (int j = 0; j < kPairs; ++j) out[j] = dsum(total[j]);
-  for (; d < dim; ++d) {
-    for (int j = 0; j < kPairs; ++j) {
-      const double t = (double)x[j][d] - (double)c[j][d];
-      out[j] += t * t;
-    }
-  }
-}
-
-// Rows with one candidate have their code. Their distance is the formula's rounded to float32, and nearly always a sum in any order
-// shows what that is: then the formula's own order, one addition after the other, is not needed.
-template <int kTwos, int kNear>
-inline void settle(Batch<kTwos, kNear>& b) {
-  const ExactCodes& e = *b.exact;
-  const double error = (double)(e.dim + 16) * 0x1p-52;
-  int32_t alone[kBatchRows + kPairs];
-  int n = 0;
-  for (int r = 0; r < b.rows; ++r) {
-    b.counts.candidates += b.row[r].count;
-    alone[n] = r;
-    n += e.metric == kL2 && b.row[r].count == 1 && b.row[r].index == INT64_MAX;  // and none was settled before
-  }
-  for (int i = n; i < n + kPairs; ++i) alone[i] = alone[0];
-  for (int i = 0; i < n; i += kPairs) {
-    const float *x[kPairs], *c[kPairs];
-    double square[kPairs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPairs; ++j) {
-      x[j] = b.row[alone[i + j]].exact;
-      c[j] = e.codes + (int64_t)b.row[alone[i + j]].candidate[0] * e.ld;
-    }
-    double_distances(x, c, e.dim, square);
-    for (int j = 0; j < kPairs && i + j < n; ++j) {
-      if ((float)(square[j] * (1.0 - error)) != (float)(square[j] * (1.0 + error))) continue;
-      Row& row = b.row[alone[i + j]];
-      row.best = square[j];
-      row.index = row.candidate[0];
-      row.count = 0;
-    }
-  }
-  settle_rows(e, b.row, b.rows);
-}
+// ---- the search --------------------------------------------------------------------------------------------------------------
 
 template <int kTwos, int kNear>
 void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exact_rows, int64_t exact_ld, const float* rows,
@@ -578,7 +515,8 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
     evaluate_first(b);
     visit_home<kTwos, kNear>(b);
     visit_others<kTwos, kNear>(b);
-    settle(b);
+    for (int r = 0; r < b.rows; ++r) b.counts.candidates += b.row[r].count;
+    finish_rows(e, b.row, b.rows);
     for (int r = 0; r < b.rows; ++r) {
       score[order[r]] = b.row[r].best;
       index[order[r]] = b.row[r].index;

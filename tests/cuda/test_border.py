@@ -5,8 +5,9 @@ through the op.
 import cases
 import pytest
 import torch
+from check import close, same
 
-from vqfast import _backends
+from vqfast import _backends, reference
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -33,6 +34,20 @@ def arguments() -> dict[str, tuple]:
 @pytest.mark.parametrize("name", arguments())
 def test_opcheck(executor, name):
     torch.library.opcheck(getattr(executor, name).default, arguments()[name], test_utils=CHECKS)
+
+
+def test_residual_is_its_levels(executor):
+    """As the cuda backend composes it of quantize."""
+    x, codebooks = cases.normal(2, 2, 15, 6, seed=7), cases.normal(3, 2, 7, 6, seed=8)
+    x[1, 0, 3, 2] = float("nan")
+    mask = torch.rand(2, 15, generator=torch.Generator().manual_seed(9)) < 0.8
+    for flags in ((True, True), (False, False)):
+        found = reference.residual(x, codebooks, mask, 0, *flags, level=executor.quantize)
+        expected = reference.residual(x, codebooks, mask, 0, *flags)
+        assert all(f.shape == e.shape and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
+        same(found[2], expected[2]), same(found[4], expected[4]), same(found[5], expected[5])
+        for i in (0, 1, 3, 6):
+            close(found[i].nan_to_num(-7.0), expected[i].nan_to_num(-7.0), 1e-4)
 
 
 def test_straight_through_gradient_of_the_registered_op(executor):

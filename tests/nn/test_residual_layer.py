@@ -10,7 +10,7 @@ from layers import CODES, DIM, LAYOUTS, make
 import vqfast
 from vqfast.nn import ResidualVectorQuantizer
 
-FAMILY = "quantize"
+FAMILY = "residual"
 LEVELS = 4
 
 

@@ -10,7 +10,7 @@ from check import METRICS, ULP, close, put, same, same_bits
 
 import vqfast
 
-FAMILY = "quantize"  # composed of its levels; a backend that has quantize has this
+FAMILY = "residual"
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 pytestmark = pytest.mark.quick
 

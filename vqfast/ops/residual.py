@@ -84,6 +84,14 @@ _border.define(
 )
 
 
+def _residual_cuda(*arguments):
+    """Level by level on the CUDA kernels of quantize."""
+    return reference.residual(*arguments, level=_border.call("quantize", "cuda"))
+
+
+_border.implement("residual", "cuda", _residual_cuda)
+
+
 @_border.bound_once
 class Residual(torch.autograd.Function):
     """The residual op of one backend with its gradient; the same rules are registered on the op."""

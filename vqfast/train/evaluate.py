@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +26,20 @@ from vqfast.models.compression import compress_levels, stored_bytes
 from vqfast.models.perceptual import LPIPS, FeatureStatistics, InceptionFeatures, frechet_distance
 from vqfast.tokens import packed_bytes
 
-# (Pillow's name, lowest and highest quality, other options). 95 is the highest quality that Pillow's JPEG
-# documentation advises.
-CODECS = (("JPEG", 1, 95, {"optimize": True}), ("WEBP", 0, 100, {"method": 6}))
+
+
+class Codec(NamedTuple):
+    """A file format of Pillow, and the pictures that it can hold."""
+
+    name: str  # Pillow's
+    lowest: int  # quality
+    highest: int
+    longest_side: int  # pixels
+    options: dict
+
+
+# 95 is the highest quality that Pillow's JPEG documentation advises; the sides are libjpeg's and libwebp's limits.
+CODECS = (Codec("JPEG", 1, 95, 65_500, {"optimize": True}), Codec("WEBP", 0, 100, 16_383, {"method": 6}))
 _BATCH_PIXELS = 1 << 18  # pictures of the same size go through the model together up to this many pixels
 
 
@@ -169,7 +181,7 @@ def evaluate(
         result.perplexity, result.usage = map(list, zip(*(_code_figures(count) for count in counts), strict=True))
         result.token_bytes, result.bits_per_pixel = _mean(token_bytes), 8 * sum(token_bytes) / sum(pixels_seen)
     if codecs and result.token_bytes:
-        result.codecs = [codec_at(codec, kept, result.token_bytes, near) for codec in usable_codecs(result.notes)]
+        result.codecs = [codec_at(codec, kept, result.token_bytes, near) for codec in usable_codecs(kept, result.notes)]
     return result
 
 
@@ -274,28 +286,33 @@ class _Frechet:
         return frechet_distance(*self._sides)
 
 
-def usable_codecs(notes: list[str]) -> list[tuple]:
-    """The codecs that this Pillow has; a note for each that it lacks."""
+def usable_codecs(pictures: list[Tensor], notes: list[str]) -> list[Codec]:
+    """The codecs that this Pillow has and that hold all pictures [C, H, W]; a note for each of the others."""
     try:
         from PIL import features
     except ImportError:
         notes.append("the comparison with JPEG and WebP needs Pillow: pip install Pillow")
         return []
     found = []
+    longest = max(max(picture.shape[1:]) for picture in pictures)
     for codec in CODECS:
-        if features.check({"JPEG": "jpg", "WEBP": "webp"}[codec[0]]):
-            found.append(codec)
+        if not features.check({"JPEG": "jpg", "WEBP": "webp"}[codec.name]):
+            notes.append(f"this Pillow was built without {codec.name}")
+        elif longest > codec.longest_side:
+            notes.append(
+                f"{codec.name} is left out: it holds pictures of up to {codec.longest_side} pixels a side, and one here has {longest}"
+            )
         else:
-            notes.append(f"this Pillow was built without {codec[0]}")
+            found.append(codec)
     return found
 
 
-def codec_at(codec: tuple, pictures: list[Tensor], target: float, measures: Closeness) -> CodecResult:
+def codec_at(codec: Codec, pictures: list[Tensor], target: float, measures: Closeness) -> CodecResult:
     """A codec at the one quality at which its average file comes nearest to ``target`` bytes.
 
     Bisection on the quality: files grow with it. The two qualities around the target are both tried.
     """
-    name, low, high, options = codec
+    name, low, high, _, options = codec
     sizes: dict[int, float] = {}
 
     def size(quality: int) -> float:
