@@ -1,11 +1,13 @@
 """Everything that only a GPU can show, in one call of at most 8 minutes: correctness first, then speed.
 
+    python -m pip install --no-build-isolation --no-deps -e .     first; --no-index too where nothing can be fetched
     python bench/gpu_check.py                     all sections, or those that a stopped run left over
-    python bench/gpu_check.py --sections suite nearest
+    python bench/gpu_check.py --sections small nearest
     python bench/gpu_check.py --fresh             forget what is in the result file
     python bench/gpu_check.py --list
 
-A CUDA library that is missing is built first, for the GPU at hand. Every section is written to the result file,
+The CUDA library is built for the GPU at hand, unless it is there and up to date. Every section runs in a process of its own, one for each
+backend where it is about one backend, so that neither an error nor a hang takes anything else along. It is written to the result file,
 docs/results/gpu_<device>_<date>.json, when it ends, and a rerun at the same commit continues with the missing ones; a file of another commit
 is set aside under a name with that commit. The plots are drawn from the file, as .svg beside it. A speed section first checks its results and
 prints no number when they are wrong. Without a GPU the same code runs on the CPU with small shapes, Triton in its interpreter, and says so in
@@ -22,13 +24,17 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve()
+ROOT = SCRIPT.parents[1]
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
@@ -36,13 +42,17 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 
 def build_library(on_gpu: bool) -> str:
-    """The CUDA library in words; built for this GPU where it is missing. Comes before vqfast, which loads it when it is imported."""
+    """The CUDA library in words, built for this GPU where it is missing or older than its sources. Comes before vqfast, which loads it when
+    it is imported.
+    """
     found = importlib.util.find_spec("vqfast")
+    if found is None:
+        sys.exit("vqfast is not installed: run 'python -m pip install --no-build-isolation --no-deps -e .' in the checkout first, with"
+                 " --no-index too where nothing can be fetched")  # fmt: skip
     library = Path(found.origin).with_name("_C_cuda.so")
-    if library.exists():
-        return "found"
     if not on_gpu or library.parent != ROOT / "vqfast":
-        return "none" if not on_gpu else f"none in {library.parent}, which is not this checkout"
+        whose = "" if library.parent == ROOT / "vqfast" else f" in {library.parent}, which is not this checkout"
+        return ("found" if library.exists() else "none") + whose
     major, minor = torch.cuda.get_device_capability()
     environment = {**os.environ, "VQFAST_BUILD": "cuda", "VQFAST_CUDA_ARCHS": f"{major}{minor}" + "a" * (major == 9)}
     started = time.monotonic()
@@ -53,28 +63,42 @@ def build_library(on_gpu: bool) -> str:
         return "not built within 240 s; build it beforehand (VQFAST_BUILD=cuda pip install --no-build-isolation -e .)"
     if done.returncode:
         return f"not built: {(done.stderr or done.stdout).strip()[-500:]}"
-    return f"built in {time.monotonic() - started:.0f} s"
+    return f"built or up to date in {time.monotonic() - started:.0f} s"
 
 
-CUDA_LIBRARY = "none" if "--list" in sys.argv else build_library(ON_GPU)
+CHILD = "--one" in sys.argv  # a process of a single section: what its parent has seen to is done
+CUDA_LIBRARY = "" if CHILD else build_library(ON_GPU and "--list" not in sys.argv)
 
 from gpu import checks, convolutions, plots, speed  # noqa: E402
 
+from vqfast import _backends  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Section:
+    """A function of (on_gpu, deadline); with a family also of the name of a backend, once for each that has that family."""
+
+    function: Callable[..., dict]
+    family: str = ""
+    starts_processes: bool = False  # of its own, so that it needs none
+
+
 # Most important first: when time runs out, what is missing is at the end.
 SECTIONS = {
-    "small": checks.small,
-    "suite": checks.suite,
-    "graphs": checks.graphs,
-    "streams": checks.streams,
-    "beyond_32_bits": checks.beyond_32_bits,
-    "determinism": checks.determinism,
-    "nearest": speed.nearest,
-    "statistics": speed.statistics,
-    "training_step": speed.training_step,
-    "masked_conv": convolutions.masked_conv,
-    "certificates": speed.certificates,
-    "microbenchmarks": checks.microbenchmarks,
-    "sanitizer": checks.sanitizer,
+    "small": Section(checks.small, "nearest"),
+    "suite_cuda": Section(checks.suite_cuda, starts_processes=True),
+    "suite_triton": Section(checks.suite_triton, starts_processes=True),
+    "graphs": Section(checks.graphs, "quantize"),
+    "streams": Section(checks.streams, "nearest"),
+    "beyond_32_bits": Section(checks.beyond_32_bits, "nearest"),
+    "determinism": Section(checks.determinism, "quantize"),
+    "nearest": Section(speed.nearest),
+    "statistics": Section(speed.statistics),
+    "training_step": Section(speed.training_step),
+    "masked_conv": Section(convolutions.masked_conv),
+    "certificates": Section(speed.certificates),
+    "microbenchmarks": Section(checks.microbenchmarks),
+    "sanitizer": Section(checks.sanitizer, starts_processes=True),
 }
 
 
@@ -83,6 +107,10 @@ def command(*words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def why_not(backend: str, family: str = "nearest") -> str:
+    return "; ".join(_backends.reasons(family, backend, torch.empty(0, device="cuda" if ON_GPU else "cpu")))
 
 
 def facts() -> dict:
@@ -96,6 +124,7 @@ def facts() -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cuda_library": CUDA_LIBRARY,
+        "cannot run": {name: why for name in ("cuda", "triton") if (why := why_not(name))},
     }
     for module in ("triton", "numpy", "vqfast"):
         try:
@@ -139,12 +168,53 @@ def save(path: Path, result: dict) -> None:
     temporary.replace(path)
 
 
-def run_section(name: str, seconds_left: float) -> dict:
-    started = time.monotonic()
+def attempt(section: Section, seconds: float, *backend: str) -> dict:
+    """The section's outcome, in this process."""
     try:
-        outcome = SECTIONS[name](ON_GPU, time.monotonic() + seconds_left)
+        return section.function(ON_GPU, time.monotonic() + seconds, *backend)
     except Exception as error:
-        outcome = {"state": "failed", "why": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
+        return {"state": "failed", "why": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
+
+
+def in_process(name: str, seconds: float, *backend: str) -> dict:
+    """The section's outcome, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "outcome.json"
+        words = [sys.executable, "-W", "ignore", str(SCRIPT), "--one", name, *backend, "--limit", str(seconds), "--out", str(out)]
+        try:
+            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds + 15)
+        except subprocess.TimeoutExpired:
+            return {"state": "failed", "why": f"not finished after {seconds:.0f} s"}
+        if not out.exists():
+            return {"state": "failed", "why": f"its process ended with {done.returncode}", "where": done.stdout[-2000:]}
+        return json.loads(out.read_text())
+
+
+def of_all_backends(outcomes: dict[str, dict]) -> dict:
+    """One outcome of several backends': failed if any is, skipped if all are."""
+    states = [outcome["state"] for outcome in outcomes.values()]
+    state = "failed" if "failed" in states else "passed" if "passed" in states else "skipped"
+    rows = [row for outcome in outcomes.values() for row in outcome.get("rows", [])]
+    whys = {f"{name}: {outcome['why']}" if state == "failed" else outcome["why"]: None for name, outcome in outcomes.items() if "why" in outcome}
+    where = {"where": text for outcome in outcomes.values() if (text := outcome.get("where"))}
+    return {"state": state, **({"why": "; ".join(whys)} if whys else {}), **where, "rows": rows}
+
+
+def run_section(name: str, seconds: float) -> dict:
+    started, section = time.monotonic(), SECTIONS[name]
+    if section.starts_processes:
+        outcome = attempt(section, seconds)
+    elif section.family:
+        outcomes = {}
+        for backend in ("cuda", "triton"):
+            if why := why_not(backend, section.family):
+                if ON_GPU:  # there both are meant to run
+                    outcomes[backend] = {"state": "failed", "why": f"cannot run: {why}"}
+                continue
+            outcomes[backend] = in_process(name, max(10.0, started + seconds - time.monotonic()), backend)
+        outcome = of_all_backends(outcomes) if outcomes else checks.skipped("neither Triton nor the CUDA library can run here")
+    else:
+        outcome = in_process(name, seconds)
     return {"state": "passed", **outcome, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -162,18 +232,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file; by default docs/results/gpu_<device>_<date>.json")
     parser.add_argument("--limit", type=float, default=460.0, help="seconds after which no section is started (default 460)")
     parser.add_argument("--fresh", action="store_true", help="run sections again that the file already holds")
+    parser.add_argument("--commit", help="what the results are of, where there is no git to ask")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # a section, and a backend: only its outcome is written
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{name:16s}{function.__doc__.splitlines()[0]}" for name, function in SECTIONS.items()))
+        print("\n".join(f"{name:16s}{section.function.__doc__.splitlines()[0]}" for name, section in SECTIONS.items()))
         return 0
-    about = facts()
+    if options.one:
+        name, *backend = options.one
+        options.out.write_text(json.dumps(attempt(SECTIONS[name], options.limit, *backend)))
+        return 0
+    about = facts() | ({"commit": options.commit} if options.commit else {})
     path = options.out or default_path(about)
     result = load(path, about, options.fresh)
     if not about["on_gpu"]:
         print("No GPU: this proves that the script runs. Its times are those of an interpreter and mean nothing.")
     print(f"{about['device']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit'][:12]} -> {path}")
-    print(f"CUDA library: {about['cuda_library']}")
+    print(f"CUDA library: {about['cuda_library']}", *(f"{name} cannot run: {why}" for name, why in about["cannot run"].items()), sep="\n")
     stop = time.monotonic() + options.limit
     for name in options.sections:
         if result["sections"].get(name, {}).get("state") in ("passed", "skipped"):
@@ -189,8 +265,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {outcome['state']} in {outcome['seconds']} s" + (f": {outcome['why']}" if "why" in outcome else ""), flush=True)
         if outcome.get("rows"):
             print(table(outcome["rows"]), flush=True)
-    if plots.draw(result, path.with_suffix(".svg")):
-        print(f"plots: {path.with_suffix('.svg')}")
+        for line in outcome.get("failures", [])[:40]:
+            print(f"    {line}", flush=True)
+    try:
+        if plots.draw(result, path.with_suffix(".svg")):
+            print(f"plots: {path.with_suffix('.svg')}")
+    except Exception as error:  # the numbers are in the file
+        print(f"no plots: {type(error).__name__}: {error}")
     states = [section["state"] for section in result["sections"].values()]
     missing = [name for name in options.sections if name not in result["sections"]]
     print(f"{states.count('passed')} passed, {states.count('failed')} failed, {states.count('skipped')} skipped, {len(missing)} missing")

@@ -48,11 +48,13 @@ def why_not(backend: str, family: str) -> str:
 def backend(request) -> str:
     """Each backend in turn; skips those that this machine or this op family lacks.
 
-    The family is the test's `@pytest.mark.family("gather")`, else the module's `FAMILY`, else `nearest`.
+    The family is the test's `@pytest.mark.family("gather")`, else the module's `FAMILY`, else `nearest`. Of a family that only some
+    backends have, the mark's `backends=` or the module's `BACKENDS` names those.
     """
     mark = request.node.get_closest_marker("family")
     family = mark.args[0] if mark else getattr(request.module, "FAMILY", "nearest")
-    if request.param not in getattr(request.module, "BACKENDS", REQUIREMENT | {"reference": ""}):
+    meant = getattr(request.module, "BACKENDS", (*REQUIREMENT, "reference"))
+    if request.param not in (mark.kwargs.get("backends", meant) if mark else meant):
         pytest.skip(f"nowhere: {family} has no kernel for {request.param}, and needs none")
     reason = why_not(request.param, family)
     if reason:

@@ -14,7 +14,7 @@ import torch
 from vqfast import _backends
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.py"
-SECTIONS = ("suite", "graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "masked_conv",
+SECTIONS = ("suite_triton", "graphs", "streams", "beyond_32_bits", "statistics", "training_step", "certificates", "masked_conv",
             "microbenchmarks", "sanitizer")  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_sections_are_listed_most_important_first():
     done = run("--list")
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
-    assert names[:2] == ["small", "suite"] and names.index("determinism") < names.index("nearest") and set(SECTIONS) < set(names)
+    assert names[:3] == ["small", "suite_cuda", "suite_triton"] and names.index("determinism") < names.index("nearest") and set(SECTIONS) < set(names)
 
 
 @pytest.mark.slow
@@ -57,10 +57,11 @@ def test_it_runs_without_a_gpu_and_continues(tmp_path):
     result = json.loads(out.read_text())
     assert set(result["sections"]) == set(SECTIONS) and result["facts"]["on_gpu"] is False
     assert {name for name, section in result["sections"].items() if section["state"] == "passed"} == {
-        "suite", "statistics", "training_step", "certificates", "masked_conv"
+        "suite_triton", "statistics", "training_step", "certificates", "masked_conv"
     }  # fmt: skip
     assert "mean nothing" in second.stdout
-    assert " passed" in result["sections"]["suite"]["summary"]
+    (row,) = result["sections"]["suite_triton"]["rows"]
+    assert row["passed"] > 0 == row["failed"] and row["ended"] == "0"
     assert all(row["wrong"] == "" for row in result["sections"]["masked_conv"]["rows"])
     if importlib.util.find_spec("matplotlib"):
         drawing = out.with_suffix(".svg").read_text()
@@ -97,8 +98,12 @@ def test_a_missing_library_is_built_for_the_gpu_at_hand(tmp_path, monkeypatch):
     assert gpu_check.build_library(False) == "none" and not calls
     assert gpu_check.build_library(True) == "not built: no nvcc"
     assert calls == [(["setup.py", "-q", "build_ext", "--inplace"], "cuda", "90a")]
-    (tmp_path / "vqfast" / "_C_cuda.so").touch()
-    assert gpu_check.build_library(True) == "found" and len(calls) == 1
+    (tmp_path / "vqfast" / "_C_cuda.so").touch()  # of which the build knows whether it is up to date
+    assert gpu_check.build_library(False) == "found" and len(calls) == 1
+    assert gpu_check.build_library(True) == "not built: no nvcc" and len(calls) == 2
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install"):
+        gpu_check.build_library(True)
 
 
 def test_plots_show_every_number(tmp_path, monkeypatch):
@@ -121,10 +126,25 @@ def test_a_failed_section_is_written_and_fails_the_script(tmp_path):
     source = (
         "import sys; sys.path.insert(0, sys.argv[1]); import gpu_check\n"
         "def broken(on_gpu, deadline): raise RuntimeError('planted')\n"
-        "gpu_check.SECTIONS['small'] = broken\n"
+        "gpu_check.SECTIONS['small'] = gpu_check.Section(broken, starts_processes=True)\n"
         "sys.exit(gpu_check.main(['--out', sys.argv[2], '--sections', 'small']))\n"
     )
     out = tmp_path / "result.json"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", source, str(SCRIPT.parent), str(out)], capture_output=True, text=True)
     section = json.loads(out.read_text())["sections"]["small"]
     assert done.returncode == 1 and section["state"] == "failed" and "planted" in section["why"] and "broken" in section["where"]
+
+
+@pytest.mark.parametrize("ending", ["crash", "hang"])
+def test_a_section_that_takes_its_process_along_spares_the_script(tmp_path, monkeypatch, ending):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_check
+
+    child = tmp_path / "child.py"
+    child.write_text("import os, time\nprint('last words', flush=True)\n" + ("os.abort()" if ending == "crash" else "time.sleep(600)"))
+    monkeypatch.setattr(gpu_check, "SCRIPT", child)
+    outcome = gpu_check.in_process("small", -13.0 if ending == "hang" else 60.0, "triton")
+    assert outcome["state"] == "failed"
+    assert ("last words" in outcome["where"] and "-6" in outcome["why"]) if ending == "crash" else "not finished" in outcome["why"]
+    both = gpu_check.of_all_backends({"cuda": outcome, "triton": {"state": "passed", "rows": [{"wrong": 0}]}})
+    assert both["state"] == "failed" and both["rows"] == [{"wrong": 0}] and both["why"].startswith("cuda: ")

@@ -161,5 +161,5 @@ for axis in range(4):
 def test_strides_beyond_32_bits():
     """In a process of its own: a wrapped offset may end it."""
     if DEVICE == "cuda":
-        pytest.skip("cuda: bench/gpu_check.py tests sizes beyond 2^31 on a GPU")
+        pytest.skip("nowhere: bench/gpu_check.py tests sizes beyond 2^31 on a GPU")
     run_python(BEYOND_32_BITS, timeout=300, OMP_NUM_THREADS="1")

@@ -113,7 +113,7 @@ def test_results_carry_no_tangent(backend):
         assert torch.autograd.forward_ad.unpack_dual(distance).tangent is None
 
 
-@pytest.mark.family("hints")
+@pytest.mark.family("hints", backends=("reference", "cpu"))
 def test_opcheck_search_hints(backend):
     check_op(backend, "search_hints")
 

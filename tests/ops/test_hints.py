@@ -319,7 +319,7 @@ def hint_codebooks():
     yield plane(600, 97)[None].mT.contiguous().mT
 
 
-@pytest.mark.family("hints")
+@pytest.mark.family("hints", backends=("reference", "cpu"))
 @pytest.mark.parametrize("metric", METRICS)
 def test_search_hints_are_an_order_and_directions(backend, metric):
     for codebook in hint_codebooks():
