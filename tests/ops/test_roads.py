@@ -84,6 +84,18 @@ def test_threads_share_the_codes_of_few_rows_on_cpu(metric, threads, set_threads
     assert verify(x, codebook, metric, "few").road == "few"
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_few_rows_on_cpu(metric, threads, set_threads):
+    """Where each gets 64 and work enough: blocks of whole tiles, the last of them narrower, rows without a code in any."""
+    set_threads(threads)
+    x, codebook = cases.clustered(331, 70, 300, seed=12)
+    x[5], x[170], x[330] = 0.0, float("nan"), float("inf")
+    assert verify(x, codebook, metric, "few").road == "few"
+    x[300] = 1e20  # out of reach: another road, whatever the blocks before it found
+    assert (verify(x, codebook, metric, "few").road == "few") == (metric != "l2")
+
+
 @pytest.mark.parametrize("rows", [3, 40], ids="N{}".format)
 @pytest.mark.parametrize("metric", METRICS)
 def test_large_and_broken_codes_between_good_ones_on_cpu(metric, rows):
