@@ -92,7 +92,7 @@ def find_tools() -> Tools:
         import torch
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = [f"{cuda_home}/bin/nvcc"] if cuda_home else []
-    return Tools(torch, find_command("CXX", "g++", "c++", "clang++"), find_command("NVCC", *nvcc, "nvcc", "/usr/local/cuda/bin/nvcc"))
+    return Tools(torch, find_command("CXX", "g++", "c++", "clang++"), find_command("NVCC", *nvcc, "nvcc"))
 
 
 def find_command(variable: str, *candidates: str) -> list[str]:

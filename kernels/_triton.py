@@ -41,6 +41,14 @@ def warps(threads: int) -> int:
     return threads // (64 if torch.version.hip else 32)
 
 
+MOST_GROUPS = 65_535  # where the second and third axes of a grid end
+
+
+def group_parts(groups: int) -> list[slice]:
+    """Groups that one launch takes, more of which are launched one part after the other."""
+    return [slice(first, min(groups, first + MOST_GROUPS)) for first in range(0, groups, MOST_GROUPS)]
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _tuning
 from ._rows import _row_pointers, row_alignment
-from ._triton import cdiv, on_device
+from ._triton import cdiv, group_parts, on_device
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "per_group"])
@@ -220,6 +220,11 @@ def ema_update_triton_(
 ) -> None:  # fmt: skip
     """Move sizes and sums towards this step's and the codebook to their ratio, in place; contiguous float32 state [G, K(, D)]."""
     g, k, d = codebook.shape
+    if len(parts := group_parts(g)) > 1:
+        for part in parts:
+            state = (tensor[part] for tensor in (codebook, cluster_size, cluster_sum, sums, counts))
+            ema_update_triton_(*state, None if frozen is None else frozen[part], decay, eps)
+        return
     any_row = (counts.sum(-1) > 0).to(torch.int32)
     frozen_bytes = counts if frozen is None else frozen.contiguous().view(torch.uint8)
     with on_device(codebook):

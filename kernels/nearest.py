@@ -30,7 +30,7 @@ from ._exact import L2, _distance, _score, _settle_first, _settle_rival
 from ._prepare import _centre_kernel, _codes_kernel, _duplicates_kernel, _rows_kernel
 from ._rows import _row_pointers, row_alignment
 from ._screen import _load_triples, _screen_kernel, _screen_rows_single
-from ._triton import cdiv, on_device, power_of_two, processors, shared_memory
+from ._triton import cdiv, group_parts, on_device, power_of_two, processors, shared_memory
 
 ROWS_PER_LAUNCH = 1 << 20
 CODE_TILE = 128  # codes are padded to a multiple of it
@@ -293,6 +293,9 @@ def nearest_triton(
     indices = torch.empty((b, g, n), dtype=torch.int64, device=x.device)
     if not distance.numel():
         return distance, indices
+    if len(parts := group_parts(g)) > 1:
+        found = zip(*(nearest_triton(x[:, part], codebook[part], metric) for part in parts))
+        return tuple(torch.cat(results, 1) for results in found)
     with on_device(x):
         config = _tuning.screen(d, shared_memory(x))
         codes = _prepare_codes(codebook, metric, config.row, config.half)

@@ -23,10 +23,18 @@ def device_of(backend: str) -> torch.device:
 
 
 def put(backend: str, *tensors: torch.Tensor | None):
-    """Tensors on the backend's device; strides and None stay."""
+    """Tensors on the backend's device; strides, what lies between, offsets and None stay."""
     device = device_of(backend)
-    moved = tuple(t if t is None or t.device == device else t.to(device) for t in tensors)
+    moved = tuple(t if t is None or t.device == device else move(t, device) for t in tensors)
     return moved[0] if len(moved) == 1 else moved
+
+
+def move(t: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy on the device that lies in its storage as t does in its own, which `to` does not promise."""
+    if t.requires_grad:
+        return t.to(device)
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return storage.to(device, copy=True).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
 def no_interpreter(backend: str) -> None:

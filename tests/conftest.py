@@ -132,6 +132,14 @@ def pytest_runtest_makereport(item, call):
     fail_if_required(outcome.get_result())
 
 
+@pytest.hookimpl(trylast=True)  # the report has been sent
+def pytest_runtest_logreport(report):
+    """A GPU's context does not survive a wrong address: all tests after it would fail, so a worker of pytest-xdist ends and is replaced."""
+    fatal = ("illegal memory access", "unspecified launch failure", "misaligned address")
+    if report.failed and os.environ.get("PYTEST_XDIST_WORKER") and any(words in str(report.longrepr) for words in fatal):
+        os._exit(1)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector):
     outcome = yield

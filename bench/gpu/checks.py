@@ -111,7 +111,7 @@ def _pytest(words: list[str], limit: float, required: str) -> tuple[dict, list[s
     if importlib.util.find_spec("pytest_timeout"):
         start += ["--timeout=90", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist") and torch.cuda.is_available():
-        start += ["-n", "8"]  # most of the time goes into compiling kernels
+        start += ["-n", str(max(2, (os.cpu_count() or 4) - 2))]  # most of the time goes into compiling kernels
     # Without a GPU the tests would run one in sixteen of these, for their time.
     environment = {**os.environ, "VQFAST_TEST_INTERPRETER": "1", "VQFAST_REQUIRE": required}
     with tempfile.TemporaryFile("w+") as log:
@@ -127,7 +127,7 @@ def _pytest(words: list[str], limit: float, required: str) -> tuple[dict, list[s
     if ended != "0" and not failed:
         failed = lines[-15:]
     passed = sum(state == "PASSED" for state, _ in states)
-    return {"passed": passed, "failed": len(states) - passed, "ended": ended}, failed[:60]
+    return {"passed": passed, "failed": len(states) - passed, "ended": ended}, failed[:200]
 
 
 def graphs(on_gpu: bool, deadline: float, name: str) -> dict:

@@ -100,18 +100,28 @@ def replay_differs(way: Way, shape, dtype) -> bool:
     return not all(map(torch.equal, captured, way.step(*inputs)))
 
 
+def flagged(way: Way, tf32: bool) -> Way:
+    """The same with or without TF32 in cuDNN, backward too."""
+
+    def wrapped(call: Callable) -> Callable:
+        def run(*inputs):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, benchmark=True):
+                return call(*inputs)
+
+        return run
+
+    return Way(*map(wrapped, way))
+
+
 def peers(on_gpu: bool) -> dict[str, Way]:
     """Torch's own ways to a layer with mask B. On a GPU also with TF32, which its convolutions take by default."""
 
-    def full(tf32: bool):
-        def call(x, weight, bias):
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, benchmark=True):
-                return F.conv2d(x, weight * reference.causal_mask(weight, True, 1), bias, padding=weight.shape[-1] // 2)
+    def full(x, weight, bias):
+        return F.conv2d(x, weight * reference.causal_mask(weight, True, 1), bias, padding=weight.shape[-1] // 2)
 
-        return by_autograd(call)
-
-    found = {"multiplied mask": full(False), "cropped torch": by_autograd(lambda x, w, bias: cropped_conv(x, w, bias, True))}
-    return found | ({"multiplied mask, TF32": full(True)} if on_gpu else {})
+    multiplied, cropped = by_autograd(full), by_autograd(lambda x, w, bias: cropped_conv(x, w, bias, True))
+    found = {"multiplied mask": flagged(multiplied, False), "cropped torch": flagged(cropped, False)}
+    return found | ({"multiplied mask, TF32": flagged(multiplied, True)} if on_gpu else {})
 
 
 def speed_rows(on_gpu: bool, names: list[str], deadline: float) -> list[dict]:

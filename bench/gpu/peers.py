@@ -30,6 +30,7 @@ def searches(x: torch.Tensor, codebook: torch.Tensor) -> dict:
     if not x.is_cuda:
         return found
     found["torch eager TF32"] = lambda: eager(True)
+    torch._dynamo.reset()  # or the shapes before would make this one's sizes dynamic
     compiled = torch.compile(lambda part: torch.addmm(norms, part.float(), wide.T, alpha=-2).argmin(-1))
     step = max(1, (1 << 28) // len(codebook))
     found["torch.compile"] = lambda: torch.cat([compiled(part) for part in x.split(step)])

@@ -46,7 +46,7 @@ def nearest(x, codebook, metric="l2"):
 def open_rows(x, codebook, metric="l2"):
     """How many rows the tensor-core screen could not certify, and the kernel's answer."""
     module = kernels("nearest")
-    x, codebook = (t[None, None] if t is x else t[None] for t in put(x, codebook))
+    x, codebook = put(x[None, None], codebook[None])
     b, g, n, d = x.shape
     config = module._tuning.screen(d, 227 * 1024)
     codes = module._prepare_codes(codebook, METRIC_CODE[metric], config.row, config.half)
@@ -226,6 +226,23 @@ def test_gather_reads_nothing_outside_the_codebook():
 
 
 # ---- offsets and source ----------------------------------------------------------------------------------------------
+
+
+def test_more_groups_than_a_grid_holds(monkeypatch):
+    x, codebook = put(cases.normal(2, 5, 9, 4, seed=31), cases.normal(5, 7, 4, seed=32))
+    sums, counts = put(cases.normal(5, 7, 4, seed=33), torch.arange(35).view(5, 7) % 3)
+    frozen = put(torch.arange(35).view(5, 7) % 4 == 0)[0]
+
+    def results():
+        state = codebook.clone(), torch.ones(5, 7, device=DEVICE), codebook.clone()
+        kernels("ema").ema_update_triton_(*state, sums, counts, frozen, 0.9, 1e-5)
+        return *kernels("nearest").nearest_triton(x, codebook, METRIC_CODE["l2"]), *state
+
+    at_once = results()
+    monkeypatch.setattr(kernels("_triton"), "MOST_GROUPS", 2)
+    for part, whole in zip(results(), at_once, strict=True):
+        same_bits(part, whole)
+
 
 BEYOND_32_BITS = """
 import torch

@@ -85,12 +85,12 @@ def test_runs_of_the_weight_gradient(monkeypatch, programs):
 
 def test_any_strides():
     """Channels last, every second column, an expanded batch: the same bits as from contiguous inputs."""
-    module, weight = kernels(), normal(5, 6, 3, 3, seed=1)
-    x, grad = normal(3, 6, 4, 7), normal(3, 5, 4, 7, seed=2)
+    module, weight = kernels(), normal(5, 6, 3, 3, seed=1).to(DEVICE)
+    x, grad = normal(3, 6, 4, 7).to(DEVICE), normal(3, 5, 4, 7, seed=2).to(DEVICE)
     x[1:] = x[:1]
     expected = module.masked_conv_triton(x, weight, None, True, 1, 1)
     gradients = module.masked_conv_backward_triton(grad, x, weight, True, 1, 1, True, True)
-    apart = torch.full((3, 6, 4, 14), torch.nan)[..., ::2].copy_(x)
+    apart = torch.full((3, 6, 4, 14), torch.nan, device=DEVICE)[..., ::2].copy_(x)
     for other in (x.to(memory_format=torch.channels_last), apart, x[:1].expand_as(x), x.mT.contiguous().mT):
         same_bits(module.masked_conv_triton(other, weight, None, True, 1, 1), expected)
         found = module.masked_conv_backward_triton(
@@ -105,26 +105,26 @@ def test_any_strides():
 @pytest.mark.parametrize("shape", [(2, 34, 9, 8), (1, 2, 1, 1), (3, 6, 1, 65)], ids=str)
 def test_gate_in_every_dtype_and_layout(kind, dtype, shape):
     module = kernels()
-    x, vector = normal(*shape, dtype=dtype) * 4, normal(*shape[:2], seed=1, dtype=dtype)
+    x, vector = normal(*shape, dtype=dtype).to(DEVICE) * 4, normal(*shape[:2], seed=1, dtype=dtype).to(DEVICE)
     x[0, :, 0, 0] = 300.0
-    grad = normal(shape[0], shape[1] // 2, *shape[2:], seed=2, dtype=dtype)
+    grad = normal(shape[0], shape[1] // 2, *shape[2:], seed=2, dtype=dtype).to(DEVICE)
     for bias in (None, vector, vector.mT.contiguous().mT):
         wide = x.double(), None if bias is None else bias.double()
         expected = reference.gate(*wide, kind), reference.gate_backward(grad.double(), *wide, kind)
         # Two exponentials, two quotients and some products, each within 2^-22 of numbers up to 1 (glu: |a|) and grad.
         size = 1 if kind == reference.TANH else 1 + x.double().abs().amax() + vector.double().abs().amax()
         error = 2.0**-19 * size * (1 + grad.double().abs().amax())
-        apart = torch.empty(*shape[:3], 2 * shape[3], dtype=dtype)[..., ::2].copy_(x)
+        apart = torch.empty(*shape[:3], 2 * shape[3], dtype=dtype, device=DEVICE)[..., ::2].copy_(x)
         for other in (x, x.to(memory_format=torch.channels_last), apart, x.mT.contiguous().mT):
             got = module.gate_triton(other, bias, kind), module.gate_backward_triton(grad.mT.contiguous().mT, other, bias, kind)
             for a, value in zip(got, expected):
                 assert a.dtype == dtype and a.is_contiguous()
-                close(a.double(), value, error + HALF_ULP[dtype] * value.abs() + 2.0**-24)
+                close(a.double(), value.cpu(), error.cpu() + HALF_ULP[dtype] * value.cpu().abs() + 2.0**-24)
 
 
 def test_empty_inputs():
-    module, weight = kernels(), normal(4, 6, 3, 3)
-    x, grad = torch.empty(0, 6, 4, 4), torch.empty(0, 4, 4, 4)
+    module, weight = kernels(), normal(4, 6, 3, 3).to(DEVICE)
+    x, grad = torch.empty(0, 6, 4, 4, device=DEVICE), torch.empty(0, 4, 4, 4, device=DEVICE)
     assert module.masked_conv_triton(x, weight, None, True, 1, 1).shape == (0, 4, 4, 4)
     grad_x, grad_weight = module.masked_conv_backward_triton(grad, x, weight, True, 1, 1, True, True)
     assert grad_x.shape == x.shape and not grad_weight.any() and grad_weight.shape == weight.shape

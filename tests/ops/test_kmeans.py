@@ -175,8 +175,8 @@ def test_rows_are_read_in_pieces(backend, monkeypatch):
     dirty = torch.cat([x[:77], torch.full((2, 4), torch.inf), x[77:]])
     for piece in (7, 500):
         monkeypatch.setattr(kmeans, "_PIECE", piece)
-        for rows in (x, dirty, Recorded(x)):
-            found = vqfast.kmeans(rows if isinstance(rows, Recorded) else put(backend, rows), 12, iterations=3, backend=backend)
+        for rows in (put(backend, x), put(backend, dirty), Recorded(put(backend, x))):
+            found = vqfast.kmeans(rows, 12, iterations=3, backend=backend)
             same_bits(found.codebook, whole.codebook), same_bits(found.indices, whole.indices)
 
 

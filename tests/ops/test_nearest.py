@@ -6,7 +6,7 @@ import cases
 import oracle
 import pytest
 import torch
-from check import METRICS, device_of, put, same, same_bits
+from check import METRICS, move, put, same, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -173,11 +173,20 @@ VIEW_NAMES = tuple(cases.views(torch.zeros(2, 24, 5)))
 def test_strides_of_x(backend, view, dim, dtype):
     x, codebook = cases.clustered(48, 70, dim, seed=60)
     x = x.to(dtype).view(2, 24, dim)
-    strided = cases.views(put(backend, x))[view] if device_of(backend).type == "cuda" else cases.views(x)[view]
+    strided = put(backend, cases.views(x)[view])
     assert torch.equal(strided.cpu(), x)
     got = vqfast.nearest(strided, put(backend, codebook), backend=backend)
     expected = oracle.nearest(x, codebook)
     same(got.indices, expected.indices), same(got.distance, expected.distance)
+
+
+@pytest.mark.parametrize("view", VIEW_NAMES)
+def test_tensors_lie_on_a_device_as_they_lay(view):
+    """Or the other tests of strides would be of other strides on a GPU."""
+    x = cases.views(cases.normal(2, 24, 5, seed=63))[view]
+    moved = move(x, "cpu")
+    assert moved.data_ptr() != x.data_ptr() and torch.equal(moved, x)
+    assert (moved.stride(), moved.storage_offset()) == (x.stride(), x.storage_offset())
 
 
 @pytest.mark.parametrize("view", VIEW_NAMES)
