@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -191,6 +191,17 @@ def measure_adversaries(case: Case, source: Source, rounds: int) -> dict:
     return asdict(case) | {"ms": times}
 
 
+def measure_widths(cases: Sequence[Case], source: Source, rounds: int) -> dict:
+    """The same search at several D in turns, many times: their ratio is about as large as what a busy machine does to one of them."""
+    work = {}
+    for case in cases:
+        x, codebook = case.load(source)
+        work[str(case.dim)] = lambda x=x, codebook=codebook: vqfast.nearest(x, codebook)
+    times = in_turns(work, rounds, CPU)
+    print("in turns, D = " + ", ".join(f"{dim} {ms:.1f}" for dim, ms in times.items()), flush=True)
+    return {"codes": cases[0].codes, "data": cases[0].data, "rounds": rounds, "ms": times}
+
+
 def peak_mib(case: Case, method: str, source: Source) -> float:
     files = [str(source.folder), str(source.training or "")]
     return from_own_process([__file__, "--memory", method, *map(str, asdict(case).values()), *files])
@@ -223,6 +234,7 @@ def plan(quick: bool) -> dict[str, list[Case]]:
         "D": [Case(data, rows, middle, dim) for data in both for dim in dims if dim != 64],
         "memory": [Case(LATENTS, rows, size, 64) for size in sizes[-3:]] + [Case(ISOTROPIC, rows, most, 64)],
         "adversaries": [Case(data, rows, middle, 64) for data in both],
+        "widths": [Case(LATENTS, rows, middle, dim) for dim in (64, 256)],
     }
 
 
@@ -232,11 +244,12 @@ def sweep(args) -> Iterator[dict]:
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     source = Source(args.latents, None if args.quick else args.training)
     result = {"date": date, "quick": args.quick, "rounds": args.rounds, "machine": machine("pykeops"), "noise": NOISE}
-    result |= {"limits": {"seconds": SECONDS, "GiB": MEMORY_GIB}, "shapes": [], "memory": [], "adversaries": []}
+    result |= {"limits": {"seconds": SECONDS, "GiB": MEMORY_GIB}, "shapes": [], "memory": [], "adversaries": [], "widths": []}
     result["latents"] = args.about
     rates, todo = Rates(), plan(args.quick)
     work = [("adversaries", lambda case=case: measure_adversaries(case, source, args.rounds)) for case in todo["adversaries"]]
     work += [("shapes", lambda case=case: measure(case, source, rates, args.rounds)) for case in todo["K"] + todo["D"]]
+    work += [("widths", lambda: measure_widths(todo["widths"], source, 8 * args.rounds))]
     work += [("memory", lambda case=case: measure_memory(case, source)) for case in todo["memory"]]
     for name, call in work:
         result[name].append(call())

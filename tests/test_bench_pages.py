@@ -59,15 +59,16 @@ def test_the_sweep_page(tmp_path):
             shape("latents", 8192, 64, {"vqfast": 10.0, CDIST: 500.0}),
             shape("latents", 65_536, 64, {"vqfast": 40.0}, panels=25.0, evaluations=12.5, **{"left out": {CDIST: "N x K of 9 GiB"}}),
             shape("latents", 1_048_576, 64, {"vqfast": 900.0}),
-            shape("latents", 8192, 256, {"vqfast": 13.0}),
+            shape("latents", 8192, 256, {"vqfast": 17.0}),
             shape("isotropic", 8192, 64, {"vqfast": 50.0, CDIST: 400.0, FAISS: 100.0}, road="dense"),
         ],
         "memory": [{"data": "latents", "rows": 16_384, "codes": 1_048_576, "dim": 64, "MiB": {"vqfast": 321.0}}],
         "adversaries": [{"data": "latents", "rows": 16_384, "codes": 8192, "dim": 64, "ms": {"dense": 50.0, "all rows equal": 60.0}}],
+        "widths": [{"data": "latents", "codes": 8192, "rounds": 40, "ms": {"64": 10.0, "256": 13.0}}],
     }  # fmt: skip
     render(through_json(result), "run.json", tmp_path)
     page = (tmp_path / "sweep.md").read_text()
-    shows(page, "15.0 to 37.5: 2.50x", "| 1.30 |", "900 ms", "321 MiB", "8.0x | 5x at least", "2.0x | 1.3x at least", "(N x K of 9 GiB)")
+    shows(page, "15.0 to 37.5: 2.50x", "turns 40 times | 1.30 |", "900 ms", "321 MiB", "8.0x | 5x at least", "2.0x | 1.3x at least", "(N x K of 9 GiB)")
     shows(page, "1.20x (all rows equal, latents)", "10.0 | 10.00 %", "500 (50.0x)", "abc", "a model", "77 s")
     assert (tmp_path / "sweep.svg").read_text().lstrip().startswith("<?xml")
 
