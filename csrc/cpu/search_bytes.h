@@ -106,7 +106,7 @@ int64_t bytes(const BytePlan& plan, const ExactCodes& e, const int32_t* tiles, c
     compact(&rows[r], limits[r]);
     settled += rows[r].count;
   }
-  finish_rows(e, rows, (int)(tile_count * kRows));
+  finish_search(e, rows, (int)(tile_count * kRows));
   return settled;
 }
 

@@ -270,7 +270,7 @@ int64_t few(const FewPlan& plan, const ExactCodes& e, int64_t begin, int64_t end
     if (hits.full || hits.count > waiting) return -1;
   }
   recount(rows, limits, n, &hits);
-  if (begin == 0 && end == plan.count) finish_rows(e, rows, (int)n);
+  if (begin == 0 && end == plan.count) finish_search(e, rows, (int)n);
   else settle_rows(e, rows, (int)n);  // to be compared with what other threads found
   return hits.count;
 }

@@ -181,7 +181,8 @@ inline int shortlist(const ExactCodes& e, Row* rows, int row_count) {
     }
     of_row += row->count;
     row->count = kept;
-    if (kept != 1 || row->index != INT64_MAX || (float)(last * (1.0 - error)) != (float)(last * (1.0 + error))) continue;
+    const float lowest = (float)(last * (1.0 - error)), highest = (float)(last * (1.0 + error));
+    if (kept != 1 || row->index != INT64_MAX || lowest != highest || highest == __builtin_inff()) continue;
     row->best = last;
     row->index = row->candidate[0];
     row->count = 0;
@@ -190,7 +191,7 @@ inline int shortlist(const ExactCodes& e, Row* rows, int row_count) {
 }
 
 // Settles rows that nothing is compared with after this: of their scores only the float32 counts.
-void finish_rows(const ExactCodes& e, Row* rows, int row_count) {
+void finish_search(const ExactCodes& e, Row* rows, int row_count) {
   for (int r = 0; e.metric == kL2 && r < row_count;) r += shortlist(e, rows + r, row_count - r);
   settle_rows(e, rows, row_count);
 }
@@ -264,7 +265,7 @@ void dense(const DensePlan& plan, const ExactCodes& e, const float* tiles, int64
     }
   }
   for (int64_t r = 0; r < tile_count * kRows; ++r) compact(&rows[r], limits[r]);
-  finish_rows(e, rows, (int)(tile_count * kRows));
+  finish_search(e, rows, (int)(tile_count * kRows));
 }
 
 void to_tile(const float* const* rows, const float* centre, int64_t dim, float* tile, float* square) {

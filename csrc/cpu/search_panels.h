@@ -516,7 +516,7 @@ void search_batches(const PanelPlan& plan, const ExactCodes& e, const float* exa
     visit_home<kTwos, kNear>(b);
     visit_others<kTwos, kNear>(b);
     for (int r = 0; r < b.rows; ++r) b.counts.candidates += b.row[r].count;
-    finish_rows(e, b.row, b.rows);
+    finish_search(e, b.row, b.rows);
     for (int r = 0; r < b.rows; ++r) {
       score[order[r]] = b.row[r].best;
       index[order[r]] = b.row[r].index;
