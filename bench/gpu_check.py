@@ -83,13 +83,14 @@ class Section:
     function: Callable[..., dict]
     family: str = ""
     starts_processes: bool = False  # of its own, so that it needs none
+    most: float = 120.0  # seconds, so that one that hangs leaves the others theirs
 
 
 # Most important first: when time runs out, what is missing is at the end.
 SECTIONS = {
     "small": Section(checks.small, "nearest"),
-    "suite_cuda": Section(checks.suite_cuda, starts_processes=True),
-    "suite_triton": Section(checks.suite_triton, starts_processes=True),
+    "suite_cuda": Section(checks.suite_cuda, starts_processes=True, most=240.0),
+    "suite_triton": Section(checks.suite_triton, starts_processes=True, most=240.0),
     "graphs": Section(checks.graphs, "quantize"),
     "streams": Section(checks.streams, "nearest"),
     "beyond_32_bits": Section(checks.beyond_32_bits, "nearest"),
@@ -100,7 +101,7 @@ SECTIONS = {
     "masked_conv": Section(convolutions.masked_conv),
     "certificates": Section(speed.certificates),
     "microbenchmarks": Section(checks.microbenchmarks),
-    "sanitizer": Section(checks.sanitizer, starts_processes=True),
+    "sanitizer": Section(checks.sanitizer, starts_processes=True, most=400.0),
 }
 
 
@@ -183,13 +184,16 @@ def in_process(name: str, seconds: float, *backend: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcome.json"
         words = [sys.executable, "-W", "ignore", str(SCRIPT), "--one", name, *backend, "--limit", str(seconds), "--out", str(out)]
+        log = Path(folder) / "log"
+        with log.open("w") as to:  # no pipe, which what the process leaves behind would keep open
+            try:
+                why = f"its process ended with {subprocess.run(words, stdout=to, stderr=to, timeout=seconds + 15).returncode}"
+            except subprocess.TimeoutExpired:
+                why = f"not finished after {seconds:.0f} s"
         try:
-            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds + 15)
-        except subprocess.TimeoutExpired:
-            return {"state": "failed", "why": f"not finished after {seconds:.0f} s"}
-        if not out.exists():
-            return {"state": "failed", "why": f"its process ended with {done.returncode}", "where": done.stdout[-2000:]}
-        return json.loads(out.read_text())
+            return json.loads(out.read_text())
+        except (OSError, ValueError):  # not written, or not to its end
+            return {"state": "failed", "why": why, "where": log.read_text(errors="replace")[-2000:]}
 
 
 def of_all_backends(outcomes: dict[str, dict]) -> dict:
@@ -197,13 +201,15 @@ def of_all_backends(outcomes: dict[str, dict]) -> dict:
     states = [outcome["state"] for outcome in outcomes.values()]
     state = "failed" if "failed" in states else "passed" if "passed" in states else "skipped"
     rows = [row for outcome in outcomes.values() for row in outcome.get("rows", [])]
-    whys = {f"{name}: {outcome['why']}" if state == "failed" else outcome["why"]: None for name, outcome in outcomes.items() if "why" in outcome}
-    where = {"where": text for outcome in outcomes.values() if (text := outcome.get("where"))}
-    return {"state": state, **({"why": "; ".join(whys)} if whys else {}), **where, "rows": rows}
+    told = [(f"{name}: " if state == "failed" else "", outcome["why"]) for name, outcome in outcomes.items() if "why" in outcome]
+    whys = dict.fromkeys(name + why for name, why in told)
+    where = "\n".join(outcome["where"] for outcome in outcomes.values() if "where" in outcome)
+    return {"state": state, **({"why": "; ".join(whys)} if whys else {}), **({"where": where} if where else {}), "rows": rows}
 
 
 def run_section(name: str, seconds: float) -> dict:
     started, section = time.monotonic(), SECTIONS[name]
+    seconds = min(seconds, section.most)
     if section.starts_processes:
         outcome = attempt(section, seconds)
     elif section.family:
@@ -213,7 +219,7 @@ def run_section(name: str, seconds: float) -> dict:
                 if ON_GPU:  # there both are meant to run
                     outcomes[backend] = {"state": "failed", "why": f"cannot run: {why}"}
                 continue
-            outcomes[backend] = in_process(name, max(10.0, started + seconds - time.monotonic()), backend)
+            outcomes[backend] = in_process(name, seconds / 2, backend)
         outcome = of_all_backends(outcomes) if outcomes else checks.skipped("neither Triton nor the CUDA library can run here")
     else:
         outcome = in_process(name, seconds)
@@ -253,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{about['device']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit'][:12]} -> {path}")
     print(f"CUDA library: {about['cuda_library']}", *(f"{name} cannot run: {why}" for name, why in about["cannot run"].items()), sep="\n")
     stop = START + options.limit
-    for name in options.sections:
+    # What failed before comes last: it may have taken the time of those that are missing.
+    for name in sorted(options.sections, key=lambda name: name in result["sections"]):
         if result["sections"].get(name, {}).get("state") in ("passed", "skipped"):
             print(f"{name}: in the file already ({result['sections'][name]['state']})")
             continue

@@ -68,7 +68,7 @@ def growth(result: dict) -> str:
     if small and large:
         grown = f"{work(small):.1f} to {work(large):.1f}: {work(large) / work(small):.2f}x"
         lines.append(["evaluations + panels per row, K = 8,192 to 65,536, latents", grown, "4x at most"])
-    for entry in result["widths"]:
+    for entry in result.get("widths", []):  # older files have none
         said = f"time at D = 256 / time at D = 64, K = {entry['codes']:,}, {entry['data']}, the two in turns {entry['rounds']} times"
         lines.append([said, f"{entry['ms']['256'] / entry['ms']['64']:.2f}", "1.5 at most"])
     if most:

@@ -289,13 +289,13 @@ def nearest_triton(
     **Shapes**: x [B, G, N, D] float32, float16 or bfloat16, any strides; codebook [G, K, D] -> distance float32, indices int64 [B, G, N].
     """
     b, g, n, d = x.shape
+    if len(parts := group_parts(g)) > 1:
+        found = zip(*(nearest_triton(x[:, part], codebook[part], metric) for part in parts))
+        return tuple(torch.cat(results, 1) for results in found)
     distance = torch.empty((b, g, n), dtype=torch.float32, device=x.device)
     indices = torch.empty((b, g, n), dtype=torch.int64, device=x.device)
     if not distance.numel():
         return distance, indices
-    if len(parts := group_parts(g)) > 1:
-        found = zip(*(nearest_triton(x[:, part], codebook[part], metric) for part in parts))
-        return tuple(torch.cat(results, 1) for results in found)
     with on_device(x):
         config = _tuning.screen(d, shared_memory(x))
         codes = _prepare_codes(codebook, metric, config.row, config.half)

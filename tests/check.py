@@ -23,7 +23,7 @@ def device_of(backend: str) -> torch.device:
 
 
 def put(backend: str, *tensors: torch.Tensor | None):
-    """Tensors on the backend's device; strides, what lies between, offsets and None stay."""
+    """Tensors on the backend's device; strides, what lies between, offsets and None stay, but for what requires a gradient."""
     device = device_of(backend)
     moved = tuple(t if t is None or t.device == device else move(t, device) for t in tensors)
     return moved[0] if len(moved) == 1 else moved

@@ -289,7 +289,7 @@ def residual(
     """
     work = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     rest = x.to(work)
-    pull = torch.zeros_like(rest)
+    pull = torch.zeros_like(rest) if with_pull else rest.new_empty(0)
     quantized, found = None, []
     for codebook in codebooks:
         codes, *others = level(rest, codebook, mask, metric, with_sums)
@@ -302,5 +302,5 @@ def residual(
     sq_error, indices, sums, counts, nonfinite = zip(*found, strict=True)
     sums, indices, counts = torch.stack(sums), torch.stack(indices), torch.stack(counts)
     sums = sums if with_sums else sums.flatten()
-    pull = pull.contiguous() if with_pull else pull.new_empty(0)
+    pull = pull.contiguous()
     return laid_out_like(x, quantized), torch.stack(sq_error).sum(0), indices, sums, counts, nonfinite[0], pull

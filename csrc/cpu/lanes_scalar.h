@@ -92,7 +92,8 @@ inline I iset(int32_t a) { return I{a, a, a, a}; }
 inline I imin(I a, I b) { return a < b ? a : b; }
 inline I imin_pairs(I a, I b) { return (I)((S)a < (S)b ? (S)a : (S)b); }
 inline I imax_pairs(I a, I b) { return (I)((S)a > (S)b ? (S)a : (S)b); }
-inline I isub_pairs(I a, I b) { return (I)((S)a - (S)b); }
+typedef unsigned short U __attribute__((vector_size(16)));  // boxes that hold nothing wrap around
+inline I isub_pairs(I a, I b) { return (I)((U)a - (U)b); }
 inline I half_difference(I a, I b) { return (a - b) >> 1; }  // rounded down
 inline I with_bits(I a, I which, I bits) { return (a & ~which) | bits; }
 inline I add_dots(I total, I a, I b) {  // of the pairs

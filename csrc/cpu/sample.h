@@ -12,10 +12,10 @@
 namespace vqfast {
 
 constexpr int64_t kSampleVersion = 1;
-constexpr int64_t kWeightPanel = 64;      // outputs per packed weight panel: 4 AVX-512 accumulators hide the FMA's latency
-constexpr int64_t kHalf = 32;       // a gated panel holds 32 outputs a and the 32 outputs b that gate them
+constexpr int64_t kWeightPanel = 64;   // outputs per packed weight panel: 4 AVX-512 accumulators hide the FMA's latency
+constexpr int64_t kHalf = 32;          // a gated panel holds 32 outputs a and the 32 outputs b that gate them
 constexpr int64_t kRowChunk = 96;      // rows of accumulators between weight re-reads: 24 KB beside a 32 KB weight block
-constexpr int64_t kWeightBlock = 128;     // channels per weight block: 128 * 64 * 4 = 32 KB stays in L1 while the rows pass
+constexpr int64_t kWeightBlock = 128;  // channels per weight block: 128 * 64 * 4 = 32 KB stays in L1 while the rows pass
 
 enum SampleMode : int64_t { kDraw = 0, kScore = 1 };
 

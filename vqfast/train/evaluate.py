@@ -27,7 +27,6 @@ from vqfast.models.perceptual import LPIPS, FeatureStatistics, InceptionFeatures
 from vqfast.tokens import packed_bytes
 
 
-
 class Codec(NamedTuple):
     """A file format of Pillow, and the pictures that it can hold."""
 
