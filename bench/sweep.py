@@ -192,7 +192,9 @@ def measure_adversaries(case: Case, source: Source, rounds: int) -> dict:
 
 
 def measure_widths(cases: Sequence[Case], source: Source, rounds: int) -> dict:
-    """The same search at several D in turns, many times: their ratio is about as large as what a busy machine does to one of them."""
+    """Median milliseconds of the same search at several D, in turns: a busy machine changes the ratio of times of different moments by as
+    much as the bound leaves.
+    """
     work = {}
     for case in cases:
         x, codebook = case.load(source)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from check import close, same
 
-from vqfast import _backends, reference
+from vqfast import _backends, _border, reference
+from vqfast.ops.residual import _residual_cuda
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -36,18 +37,21 @@ def test_opcheck(executor, name):
     torch.library.opcheck(getattr(executor, name).default, arguments()[name], test_utils=CHECKS)
 
 
-def test_residual_is_its_levels(executor):
+def test_residual_is_its_levels(executor, monkeypatch):
     """As the cuda backend composes it of quantize."""
+    asked = []
+    monkeypatch.setattr(_border, "call", lambda op, backend: (asked.append((op, backend)), executor.quantize)[1])
     x, codebooks = cases.normal(2, 2, 15, 6, seed=7), cases.normal(3, 2, 7, 6, seed=8)
     x[1, 0, 3, 2] = float("nan")
     mask = torch.rand(2, 15, generator=torch.Generator().manual_seed(9)) < 0.8
     for flags in ((True, True), (False, False)):
-        found = reference.residual(x, codebooks, mask, 0, *flags, level=executor.quantize)
+        found = _residual_cuda(x, codebooks, mask, 0, *flags)
         expected = reference.residual(x, codebooks, mask, 0, *flags)
         assert all(f.shape == e.shape and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
         same(found[2], expected[2]), same(found[4], expected[4]), same(found[5], expected[5])
         for i in (0, 1, 3, 6):
             close(found[i].nan_to_num(-7.0), expected[i].nan_to_num(-7.0), 1e-4)
+    assert asked == [("quantize", "cuda")] * 2 and _border.implemented("residual", "cuda")
 
 
 def test_straight_through_gradient_of_the_registered_op(executor):

@@ -239,9 +239,14 @@ def test_more_groups_than_a_grid_holds(monkeypatch):
         return *kernels("nearest").nearest_triton(x, codebook, METRIC_CODE["l2"]), *state
 
     at_once = results()
+    launched = []
+    for name, axis in (("ema", 0), ("nearest", 1)):
+        module = kernels(name)
+        monkeypatch.setattr(module, "on_device", lambda t, axis=axis, real=module.on_device: (launched.append(t.shape[axis]), real(t))[1])
     monkeypatch.setattr(kernels("_triton"), "MOST_GROUPS", 2)
     for part, whole in zip(results(), at_once, strict=True):
         same_bits(part, whole)
+    assert launched == [2, 2, 1, 2, 2, 1]
 
 
 BEYOND_32_BITS = """
